@@ -1,0 +1,31 @@
+"""What the runtime runs in the place of a function; passes and runtime see nothing more of codegen than this."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Executable(Protocol):
+    """A lowered function on flat rows (compiler.program.FLAT). States are written in place and not returned."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        parents: Tensor,
+        lengths: Tensor,
+        wanted: Tensor,
+        *states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """logits [R, vocabulary] float32 (float64 for a float64 model), hidden [N, width] in the model's dtype."""
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a row's result is the same, bit for bit, whatever other rows ride along."""
+
+    @property
+    def source(self) -> str:
+        """The code that runs, for reading."""

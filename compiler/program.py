@@ -1,0 +1,169 @@
+"""What passes transform: named functions, the state between their calls, and the host program that calls them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graft.compiler.errors import GraftError
+from graft.compiler.shapes import Fakes, derive
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a function: sizes are numbers or the names of symbols (see shapes.EXAMPLE_SIZES)."""
+
+    name: str
+    sizes: tuple[int | str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class KVState:
+    """A KV cache: one tensor [layers, slots, kv heads, capacity, key dim + value dim] in the model's dtype.
+
+    Attention nodes that share kv heads and dims share one state; `layers` counts those nodes, in graph order.
+    """
+
+    name: str
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def input(self) -> Input:
+        """The state as a function's input."""
+        return Input(self.name, (self.layers, "S", self.heads, "C", self.key_dim + self.value_dim), self.dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes in this state."""
+        return self.layers * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+DENSE = (Input("tokens", ("B", "L"), torch.int64), Input("positions", ("B", "L"), torch.int64))
+"""Inputs as captured: a dense batch of whole sequences. Outputs: logits [B, L, vocabulary], hidden [B, L, width]."""
+
+FLAT = (
+    Input("tokens", ("N",), torch.int64),
+    Input("positions", ("N",), torch.int64),
+    Input("sequences", ("N",), torch.int64),
+    Input("parents", ("N",), torch.int64),
+    Input("lengths", ("S",), torch.int64),
+    Input("wanted", ("R",), torch.int64),
+)
+"""Inputs of a function on flat ragged rows, followed by its states. For each of N rows: token, logical position, slot,
+and index in this call of the row before it (-1: committed or none). For each of S slots: committed tokens. For each
+of R results: the row whose logits are wanted. Outputs: logits [R, vocabulary], hidden [N, width], the next states."""
+
+
+@dataclass
+class Function:
+    """One fx graph in canonical form with a name and a signature, straight-line but for torch.cond."""
+
+    name: str
+    graph: fx.Graph
+    weights: nn.Module
+    """Holds the parameters that get_attr nodes name; shared by all functions of a program."""
+    inputs: tuple[Input, ...]
+    states: tuple[KVState, ...] = ()
+
+    @property
+    def flat(self) -> bool:
+        """Whether it runs on flat ragged rows with KV states, rather than on a dense batch without a cache."""
+        return self.inputs[0].sizes == ("N",)
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node; its arguments are logits, hidden states, then the next states."""
+        return next(reversed(self.graph.nodes))
+
+    def placeholder(self, name: str) -> fx.Node:
+        """The input node of that name."""
+        return next(node for node in self.graph.nodes if node.op == "placeholder" and node.name == name)
+
+    def module(self) -> fx.GraphModule:
+        """The function as a module that runs it with the operators' reference meaning."""
+        return fx.GraphModule(self.weights, self.graph)
+
+    def derive(self) -> None:
+        """Derive every node's fake value afresh from the signature."""
+        fakes = Fakes()
+        device = next(self.weights.parameters()).device
+        inputs = (*self.inputs, *(state.input for state in self.states))
+        derive(
+            self.graph, self.weights, {i.name: fakes.tensor(i.sizes, i.dtype, device) for i in inputs}, fakes
+        )
+
+    def copy(self) -> Function:
+        """The same function over a copied graph; parameters are shared."""
+        return Function(self.name, copy.deepcopy(self.graph), self.weights, self.inputs, self.states)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did."""
+
+    name: str
+    contract: str
+    matches: int
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    bytes_before: int
+    bytes_after: int
+    """Bytes of the parameters that the program reads, before and after."""
+    check: str
+    """The outcome of the numeric check, e.g. "max |logit difference| 2.4e-07" or "KL 0.031 nats on ..."."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Program:
+    """Functions by name, the host program, and the history of passes with a snapshot after each."""
+
+    functions: dict[str, Function]
+    host: Any = None
+    """A compiler.host.Host: the control flow between the functions."""
+    records: list[PassRecord] = field(default_factory=list)
+    snapshots: dict[str, Program] = field(default_factory=dict)
+    """Pass name -> the program after it; a pass that ran twice has "name", "name#2", ..."""
+
+    def __getitem__(self, name: str) -> Function:
+        if name not in self.functions:
+            raise GraftError(
+                "the program has no such function", found=name, expected=", ".join(self.functions) or "none"
+            )
+        return self.functions[name]
+
+    def copy(self) -> Program:
+        """A copy that a pass may change: functions copied, parameters shared, history left behind."""
+        return Program({name: function.copy() for name, function in self.functions.items()}, self.host)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters and constants that the functions read, by name; tied ones appear under each name used."""
+        from graft.compiler.shapes import attribute
+
+        return {
+            node.target: attribute(function.weights, node.target)
+            for function in self.functions.values()
+            for node in function.graph.nodes
+            if node.op == "get_attr" and node.users
+        }
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of distinct storage behind `parameters()`."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.parameters().values()}
+        return sum(storages.values())
+
+    @property
+    def node_count(self) -> int:
+        """call_function nodes of all functions."""
+        return sum(node.op == "call_function" for f in self.functions.values() for node in f.graph.nodes)

@@ -1,0 +1,1 @@
+"""One file per transformation, the file named after it."""

@@ -1,0 +1,1 @@
+"""The generate loop and everything it is made of."""

@@ -1,0 +1,102 @@
+"""A compiled model with its KV cache: rows in, logits out, and transactions on what was appended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graft.codegen.executable import Executable
+from graft.compiler.errors import StateError
+from graft.compiler.ops import NO_PARENT
+from graft.compiler.program import Function
+from graft.runtime.kv_store import KVStore
+
+
+@dataclass
+class Rows:
+    """Rows of one call: any mix of prefill chunks, single tokens and draft trees; rows of one slot stand together."""
+
+    slots: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add_chain(self, slot: int, tokens: Sequence[int], position: int, want_all: bool = False) -> None:
+        """Consecutive tokens of a sequence, the first at `position`; the last one's logits are wanted, or all."""
+        first = len(self)
+        self.slots += [slot] * len(tokens)
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+        self.parents += [NO_PARENT, *range(first, first + len(tokens) - 1)]
+        self.wanted += range(first, len(self)) if want_all else [len(self) - 1]
+
+    def add_tree(self, slot: int, root: int, tokens: Sequence[int], parents: Sequence[int], position: int) -> None:
+        """The root token at `position` and the tree drafted behind it, parents as in DraftTree; all logits wanted."""
+        first = len(self)
+        depths = [0]
+        for parent in parents:
+            depths.append(depths[parent + 1] + 1)
+        self.slots += [slot] * len(depths)
+        self.tokens += [root, *tokens]
+        self.positions += [position + depth for depth in depths]
+        self.parents += [NO_PARENT, *(first + 1 + parent for parent in parents)]
+        self.wanted += range(first, first + len(depths))
+
+
+class Decoder:
+    """Runs one function over sequences, each in a slot of the KV store.
+
+    A call appends its rows to their slots uncommitted; `commit` keeps a path of them, `rollback` none. A slot's next
+    call comes after one of the two.
+    """
+
+    def __init__(self, function: Function, executable: Executable, vocabulary: int, max_positions: int | None) -> None:
+        self.function, self.executable = function, executable
+        self.vocabulary, self.max_positions = vocabulary, max_positions
+        self.device = next(function.weights.parameters()).device
+        self.store = KVStore(function.states, self.device)
+        self.shared: dict[str, object] = {}
+        """State of drafters that outlives a generate() call (compiler.drafting.Target)."""
+
+    def open(self) -> int:
+        """A free slot for a new sequence."""
+        return self.store.open()
+
+    def close(self, slot: int) -> None:
+        """Give the slot back; its tokens are forgotten. Closing twice is an error."""
+        self.store.close(slot)
+
+    def length(self, slot: int) -> int:
+        """Committed tokens of the slot."""
+        return self.store.lengths[slot]
+
+    def forward(self, rows: Rows) -> Tensor:
+        """float32 logits [len(rows.wanted), vocabulary]; the rows are appended to their slots, uncommitted."""
+        if not rows.tokens:
+            raise StateError("a call needs at least one row", found="none")
+        self.store.append(rows.slots)
+        try:
+            with torch.inference_mode():
+                columns = [rows.tokens, rows.positions, rows.slots, rows.parents, self.store.lengths, rows.wanted]
+                inputs = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
+                logits, _ = self.executable(*inputs, *self.store.tensors)
+        except BaseException:
+            for slot in set(rows.slots):
+                self.store.rollback(slot)
+            raise
+        return logits
+
+    def commit(self, slot: int, path: Sequence[int]) -> None:
+        """Keep these of the slot's uncommitted rows, named by their place among them, in order; drop the others."""
+        self.store.commit(slot, path)
+
+    def rollback(self, slot: int) -> None:
+        """Drop the slot's uncommitted rows."""
+        self.store.rollback(slot)

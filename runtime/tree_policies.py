@@ -1,0 +1,199 @@
+"""Shapes of draft trees: a chain, a fixed template, or best-first by estimated probability."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from graft.compiler.drafting import ROOT, Candidates, DraftKind, DraftTree, Growth, TreePolicy
+from graft.compiler.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Chain(TreePolicy):
+    """The most probable candidate, and the most probable one after it, until the budget is spent."""
+
+    def branches(self, kind: DraftKind) -> bool:
+        """Never."""
+        return False
+
+    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
+        """See `TreePolicy.grow`; one node is asked for at a time."""
+        node = ROOT
+        while len(tree) < budget:
+            (candidates,) = yield [node]
+            if not candidates:
+                break
+            node = tree.add(candidates[0][0], node, candidates[0][1])
+        return tree
+
+
+@dataclass(frozen=True)
+class Fixed(TreePolicy):
+    """A template of paths by rank, as in Medusa (2401.10774) and Token Recycling (2408.08696).
+
+    `paths` holds one path for each node: (0,) is the best candidate at the root, (0, 2) the third best below it. Every
+    prefix of a path must be a path too. With a budget below their number the first ones count, so list the better
+    ones first; `Fixed.branching(3, 2)` lists the full tree with three children and two grandchildren each.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[int, ...]] = {()}
+        for path in self.paths:
+            if not path or path in seen or path[:-1] not in seen or min(path) < 0:
+                raise PlanError(
+                    "The paths of a fixed tree do not form a tree.",
+                    expected="each path once, after its own prefix, with ranks from 0 on",
+                    found=path,
+                    where="Fixed.paths",
+                )
+            seen.add(path)
+
+    @classmethod
+    def branching(cls, *widths: int) -> Fixed:
+        """The full tree with widths[d] children for every node at depth d."""
+        level: list[tuple[int, ...]] = [()]
+        paths: list[tuple[int, ...]] = []
+        for width in widths:
+            level = [(*path, rank) for path in level for rank in range(width)]
+            paths += level
+        return cls(tuple(paths))
+
+    def branches(self, kind: DraftKind) -> bool:
+        """Whether two paths share a parent."""
+        return len({path[:-1] for path in self.paths}) < len(self.paths)
+
+    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
+        """See `TreePolicy.grow`; a level is asked for at once."""
+        used = self.paths[: max(budget, 0)]
+        node_of: dict[tuple[int, ...], int] = {(): ROOT}
+        for depth in range(max(map(len, used), default=0)):
+            level = [path for path in used if len(path) == depth + 1]
+            asked = list(dict.fromkeys(path[:-1] for path in level if path[:-1] in node_of))
+            if not asked:
+                break
+            answers = yield [node_of[path] for path in asked]
+            candidates = dict(zip(asked, answers, strict=True))
+            for path in level:
+                ranked = candidates.get(path[:-1], [])
+                if path[-1] < len(ranked):
+                    token, probability = ranked[path[-1]]
+                    node_of[path] = tree.add(token, node_of[path[:-1]], probability)
+        return tree
+
+
+@dataclass(frozen=True)
+class BestFirst(TreePolicy):
+    """The nodes that are most probably reached, taken from a heap, as in DySpec (2410.11744).
+
+    A node's estimate is the product of the probabilities down to it, so that the sum of all estimates is the expected
+    number of accepted nodes, and the tree is the best of its size if the estimates are right. By level, for drafters
+    that run a model, it is EAGLE-2's shape (2406.16858): every level extends the `width` best nodes of the one before
+    it, and the best of all that were seen make the tree.
+
+    Drawn drafts grow as a chain: to choose among samples by their probability would change q.
+    """
+
+    width: int = 4
+    """How many nodes of a level are extended; counts only by level."""
+    floor: float = 0.005
+    """Estimates below this are not drafted: such a node costs a row and returns next to nothing."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or not 0 <= self.floor < 1:
+            raise PlanError(
+                "The options of best-first are out of range.",
+                expected="width >= 1 and 0 <= floor < 1",
+                found=f"width {self.width}, floor {self.floor}",
+                where="BestFirst",
+            )
+
+    def branches(self, kind: DraftKind) -> bool:
+        """Deterministic drafts branch, drawn ones do not."""
+        return kind == "deterministic"
+
+    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
+        """See `TreePolicy.grow`."""
+        if not self.branches(tree.kind):
+            return (yield from Chain().grow(tree, budget))
+        if by_level:
+            return (yield from self._grow_by_level(tree, budget))
+        return (yield from self._grow_by_node(tree, budget))
+
+    def _grow_by_node(self, tree: DraftTree, budget: int) -> Growth:
+        # Of every list of siblings only the best that is not in the tree yet waits in the heap. The counter breaks
+        # ties, first come first served, before candidates would be compared.
+        heap: list[tuple[float, int, int, float, int, Candidates]] = []
+        parents, reach, node, count = tree.parents, 1.0, ROOT, 0
+        while len(parents) < budget:
+            (candidates,) = yield [node]
+            if candidates:
+                heapq.heappush(heap, (-reach * candidates[0][1], count, node, reach, 0, candidates))
+                count += 1
+            if not heap or -heap[0][0] < self.floor:
+                break
+            negative, _, parent, above, rank, siblings = heap[0]
+            if rank + 1 < len(siblings):
+                heapq.heapreplace(heap, (-above * siblings[rank + 1][1], count, parent, above, rank + 1, siblings))
+                count += 1
+            else:
+                heapq.heappop(heap)
+            node, reach = tree.add(siblings[rank][0], parent, siblings[rank][1]), -negative
+        return tree
+
+    def _grow_by_level(self, tree: DraftTree, budget: int) -> Growth:
+        reach: dict[int, float] = {ROOT: 1.0}
+        frontier = [ROOT]
+        while frontier and budget > 0:
+            answers = yield frontier
+            fresh: list[int] = []
+            for parent, candidates in zip(frontier, answers, strict=True):
+                for token, probability in candidates[:budget]:
+                    if reach[parent] * probability >= self.floor:
+                        node = tree.add(token, parent, probability)
+                        reach[node] = reach[parent] * probability
+                        fresh.append(node)
+            # A node that is not among the best now cannot have descendants in the final tree.
+            best = set(_best(reach, budget))
+            frontier = sorted(best.intersection(fresh), key=lambda node: (-reach[node], node))[: self.width]
+            if budget > 1 and tree.path(fresh[-1] if fresh else ROOT).__len__() >= budget:
+                break
+        return tree.select(_best(reach, budget))
+
+
+def _best(reach: dict[int, float], budget: int) -> list[int]:
+    """The `budget` nodes of highest reach, in tree order. A child is never above its parent, so none lacks its own."""
+    nodes = sorted((node for node in reach if node != ROOT), key=lambda node: (-reach[node], node))
+    return sorted(nodes[:budget])
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The part of a plan that shapes the draft: at most `nodes` drafted rows, the root not counted."""
+
+    nodes: int = 16
+    policy: TreePolicy = field(default_factory=BestFirst)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.nodes <= MAX_NODES:
+            raise PlanError(
+                "The size of the draft tree is out of range.",
+                expected=f"0 to {MAX_NODES} drafted nodes",
+                found=self.nodes,
+                where="Tree.nodes",
+            )
+
+
+MAX_NODES = 63
+"""With the root at most 64 rows: tree attention keeps a row's ancestors in a 64-bit mask."""
+
+
+def ranks(tree: DraftTree) -> Sequence[int]:
+    """Node indices by falling estimate of being reached, parents before children: the order in which to spend rows."""
+    reach: dict[int, float] = {ROOT: 1.0}
+    for node, (parent, probability) in enumerate(zip(tree.parents, tree.probabilities, strict=True)):
+        reach[node] = reach[parent] * probability
+    return sorted(range(len(tree)), key=lambda node: (-reach[node], node))

@@ -1,0 +1,168 @@
+"""Acceptance rules: which drafted tokens stand, and which token follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import numpy as np
+
+from graft.compiler.drafting import ROOT, Drafter, DraftKind, DraftTree, Rows, TreePolicy, Uniforms, Verifier
+from graft.compiler.errors import GenerationError, PlanError
+
+ALL_KINDS: frozenset[DraftKind] = frozenset(get_args(DraftKind))
+
+
+def draw(distribution: np.ndarray, uniform: float) -> int:
+    """The token at `uniform` in [0, 1) of the cumulative distribution, token ids ascending.
+
+    `distribution` is float64 [vocabulary] of weights that need not sum to 1; a token of weight 0 is never drawn.
+    Raises GenerationError where the weights are not finite or all 0.
+    """
+    cumulative = np.cumsum(distribution)
+    total = cumulative[-1]
+    if not 0 < total < np.inf:
+        raise GenerationError(
+            "A token cannot be drawn.",
+            expected="probabilities that are finite and not all 0",
+            found=f"a sum of {total}",
+            remedy="look at the logits processors, and at the logits for NaN",
+        )
+    # Rounding may carry uniform * total up to the total itself, which lies behind the last token.
+    last = int(np.searchsorted(cumulative, total, side="left"))
+    return min(int(np.searchsorted(cumulative, uniform * total, side="right")), last)
+
+
+def _child(tree: DraftTree, node: int, token: int, first: int) -> int | None:
+    """The first child of `node` that holds `token`, from index `first` on."""
+    parents, tokens = tree.parents, tree.tokens
+    for index in range(first, len(tokens)):
+        if parents[index] == node and tokens[index] == token:
+            return index
+    return None
+
+
+@dataclass(frozen=True)
+class GreedyWalk(Verifier):
+    """Follow the target's best token while the tree holds it. The output is plain greedy decoding's, for any draft."""
+
+    lossless_for_greedy: ClassVar[frozenset[DraftKind]] = ALL_KINDS
+
+    def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:
+        """See `Verifier.verify`; `uniforms` is not used."""
+        path: list[int] = []
+        node = ROOT
+        while True:
+            token = rows.argmax(node + 1)
+            child = _child(tree, node, token, node + 1)
+            if child is None:
+                return path, token
+            path.append(child)
+            node = child
+
+
+@dataclass(frozen=True)
+class SampleAndMatch(Verifier):
+    """Sample from the target at every row and follow the sample while the tree holds it.
+
+    Lossless for any draft, since what is committed is always the target's own sample; the rule of Lookahead
+    (2312.12728) and of REST. The token at a place in the text is a function of (seed, position) and the target's
+    distribution there, so plain sampling gives the same text: it is this rule on an empty tree.
+    """
+
+    lossless_for: ClassVar[frozenset[DraftKind]] = ALL_KINDS
+
+    def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:
+        """See `Verifier.verify`; takes the stream "sample"."""
+        path: list[int] = []
+        node = ROOT
+        while True:
+            token = draw(rows.distribution(node + 1), uniforms.uniform("sample", position + len(path)))
+            child = _child(tree, node, token, node + 1)
+            if child is None:
+                return path, token
+            path.append(child)
+            node = child
+
+
+@dataclass(frozen=True)
+class Leviathan(Verifier):
+    """Speculative sampling of a chain of samples from q (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
+
+    Accept x with probability min(1, p(x) / q(x)); on a rejection draw from the normalised max(p - q, 0); after a whole
+    chain draw one more token from p.
+    """
+
+    lossless_for: ClassVar[frozenset[DraftKind]] = frozenset({"independent"})
+    chains_only: ClassVar[bool] = True
+
+    def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:
+        """See `Verifier.verify`; takes the streams "accept", "resample" and "sample".
+
+        Raises PlanError for a tree that is not a chain of independent samples, and GenerationError where a token was
+        drafted that its own q rules out.
+        """
+        if len(tree) and (tree.kind != "independent" or tree.parents != list(range(-1, len(tree) - 1))):
+            raise PlanError(
+                "Leviathan cannot verify this tree.",
+                expected="a chain of independent samples",
+                found=f"{len(tree)} nodes of kind {tree.kind!r} with parents {tree.parents}",
+                remedy="use tree policy Chain, or verifier SampleAndMatch",
+            )
+        for node, token in enumerate(tree.tokens):
+            p, q = rows.distribution(node), tree.q[node - 1]
+            if q[token] <= 0:
+                raise GenerationError(
+                    "A drafted token has probability 0 in the distribution it is said to be drawn from.",
+                    expected="q as it was sampled from, after temperature, top-k and top-p",
+                    found=f"q[{token}] = {q[token]} at position {position + node}",
+                )
+            if uniforms.uniform("accept", position + node) * q[token] < p[token]:
+                continue
+            residual = np.maximum(p - q, 0.0)
+            # Where p and q agree up to rounding there is no residual to speak of; normalising it would amplify noise.
+            weights = residual if residual.sum() > _NO_MASS else p
+            return list(range(node)), draw(weights, uniforms.uniform("resample", position + node))
+        last = rows.distribution(len(tree))
+        return list(range(len(tree))), draw(last, uniforms.uniform("sample", position + len(tree)))
+
+
+_NO_MASS = 1e-12
+VERIFIERS: tuple[type[Verifier], ...] = (GreedyWalk, SampleAndMatch, Leviathan)
+
+
+def _lossless(verifier: Verifier | type[Verifier], kind: DraftKind, branches: bool, sampling: bool) -> bool:
+    kinds = verifier.lossless_for if sampling else verifier.lossless_for_greedy
+    return kind in kinds and not (verifier.chains_only and branches)
+
+
+def check_lossless(verifier: Verifier, drafters: Sequence[Drafter], policy: TreePolicy, *, sampling: bool) -> None:
+    """The type check of a method: the output must keep the target's distribution for every drafter.
+
+    Raises PlanError, which names the verifier, the drafter, why they do not go together, and which verifiers would do.
+    """
+    for drafter in drafters:
+        kind = drafter.kind
+        branches = policy.branches(kind)
+        if _lossless(verifier, kind, branches, sampling):
+            continue
+        mode = "sampling" if sampling else "greedy decoding"
+        kinds = verifier.lossless_for if sampling else verifier.lossless_for_greedy
+        holds = f"drafts of kind {', '.join(sorted(kinds))}" if kinds else f"nothing under {mode}"
+        if verifier.chains_only and kinds:
+            holds += ", in chains"
+        others = [other.__name__ for other in VERIFIERS if _lossless(other, kind, branches, sampling)]
+        shape = "trees that branch" if branches else "chains"
+        raise PlanError(
+            f"Verifier {type(verifier).__name__} is not lossless for drafter {type(drafter).__name__} under {mode}.",
+            expected=f"{type(verifier).__name__} keeps the target's distribution for {holds}",
+            found=f"{type(drafter).__name__} drafts {kind} tokens, which {type(policy).__name__} shapes into {shape}",
+            where="Plan.verifier and Plan.draft",
+            remedy=f"use {' or '.join(others)}" if others else "use another drafter",
+        )
+
+
+def default_verifier(*, sampling: bool) -> Verifier:
+    """The rule that is lossless for every draft: GreedyWalk for greedy decoding, SampleAndMatch for sampling."""
+    return SampleAndMatch() if sampling else GreedyWalk()

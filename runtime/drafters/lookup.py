@@ -1,0 +1,99 @@
+"""Lookup: what followed the longest suffix of the text when it occurred before, in the prompt or in the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from graft.compiler.drafting import Context, Outcome, Target
+from graft.compiler.errors import PlanError
+from graft.runtime.drafters.tables import Evidence, Table, TableDrafter
+
+
+@dataclass(frozen=True)
+class Lookup(TableDrafter):
+    """Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding) as a tree.
+
+    Every place in the draft asks anew, longest suffix first: first what followed its last `longest` tokens, then what
+    followed one fewer, down to `shortest`; of equal length, the latest first.
+    """
+
+    longest: int = 5
+    shortest: int = 1
+    occurrences: int = 8
+    """How many of the latest places are kept for each n-gram."""
+    window: int = 32768
+    """How many of the latest tokens are indexed, which bounds memory."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest <= self.longest or self.occurrences < 1 or self.window <= self.longest:
+            raise PlanError(
+                "The options of lookup do not go together.",
+                expected="1 <= shortest <= longest < window and occurrences >= 1",
+                found=self,
+                where="Lookup",
+            )
+
+    def table(self, context: Context, prompt_best: np.ndarray | None, target: Target) -> LookupTable:
+        """See `TableDrafter.table`."""
+        return LookupTable(self, context)
+
+
+class LookupTable(Table[tuple[int, ...]]):
+    """N-gram -> what followed it, latest last. The state of a place is its last `longest` tokens.
+
+    Classes of evidence: two for each length of match, for the latest continuation and for the others.
+    """
+
+    def __init__(self, spec: Lookup, context: Context) -> None:
+        self.spec = spec
+        self.lengths = range(spec.longest, spec.shortest - 1, -1)
+        self.priors = [rate for length in range(spec.longest + 1) for rate in _prior(length)]
+        self.followers: dict[tuple[int, ...], list[int]] = {}
+        self.learnt = 0
+        self._learn(context.tokens)
+
+    def start(self, context: Context) -> tuple[int, ...]:
+        """See `Table.start`."""
+        return tuple(context.tokens[-self.spec.longest :])
+
+    def step(self, state: tuple[int, ...], token: int) -> tuple[int, ...]:
+        """See `Table.step`."""
+        return (*state, token)[-self.spec.longest :]
+
+    def candidates(self, state: tuple[int, ...]) -> Evidence:
+        """See `Table.candidates`."""
+        found: dict[int, int] = {}
+        for length in self.lengths:
+            followers = self.followers.get(state[-length:]) if len(state) >= length else None
+            if followers is not None:
+                kind = 2 * length
+                for token in reversed(followers):
+                    if token not in found:
+                        found[token] = kind
+                    kind = 2 * length + 1
+        return list(found.items())
+
+    def observe(self, context: Context, outcome: Outcome) -> None:
+        """See `Table.observe`."""
+        self._learn(context.tokens)
+
+    def _learn(self, tokens: list[int]) -> None:
+        longest, shortest, keep, followers = self.spec.longest, self.spec.shortest, self.spec.occurrences, self.followers
+        for place in range(max(self.learnt, 1), len(tokens)):
+            token = tokens[place]
+            gram = tuple(tokens[max(place - longest, 0) : place])
+            for start in range(len(gram) - shortest + 1):
+                held = followers.get(gram[start:])
+                if held is None:
+                    followers[gram[start:]] = [token]
+                else:
+                    held.append(token)
+                    if len(held) > keep:
+                        del held[0]
+        self.learnt = len(tokens)
+
+
+def _prior(length: int) -> tuple[float, float]:
+    return (min(0.9, 0.2 + 0.15 * length), 0.05)

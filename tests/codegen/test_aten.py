@@ -1,0 +1,104 @@
+"""The ATen executable against the operators' reference meaning, which keeps states as values."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from graft.codegen.aten import AtenExecutable
+from graft.compiler.capture import capture
+from graft.compiler.errors import LoweringError
+from graft.compiler.passing import View
+from graft.compiler.program import DENSE, Function, Program
+from graft.passes.canonicalise import Canonicalise
+from graft.passes.kv_cache import KVCache
+from graft.passes.merge_linears import MergeLinears
+from tests.families import build
+
+SLOTS, CAPACITY, VOCABULARY = 4, 24, 64
+
+# One for each way attention can differ: grouped heads, a window, softcap, sinks, key dim unlike value dim.
+FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"]
+
+
+def flat_function(name: str) -> Function:
+    captured = capture(build(name, dtype=torch.float64))
+    program = Program({"forward": Function("forward", captured.graph, captured.weights, DENSE)})
+    for one in (Canonicalise(), KVCache(), MergeLinears()):
+        one.run(View(program, one.pass_name()))
+    return program["forward"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    function: Function
+    reference: fx.GraphModule
+    executable: AtenExecutable
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    function = flat_function(request.param)
+    return Pair(function, function.module(), AtenExecutable(function))
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[int]]:
+    """Rows of one to three slots, each with committed tokens and a random tree behind them, and the slots' lengths."""
+    slots = draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=3, unique=True))
+    lengths = draw(st.lists(st.integers(0, 12), min_size=SLOTS, max_size=SLOTS))
+    tokens, positions, sequences, parents = [], [], [], []
+    for slot in slots:
+        first = len(tokens)
+        for row in range(draw(st.integers(1, 6))):
+            parent = draw(st.integers(-1, row - 1)) if row else -1
+            parents.append(first + parent if parent >= 0 else -1)
+            positions.append(positions[first + parent] + 1 if parent >= 0 else lengths[slot])
+            tokens.append(draw(st.integers(3, VOCABULARY - 1)))
+            sequences.append(slot)
+    wanted = draw(st.lists(st.integers(0, len(tokens) - 1), min_size=1, max_size=len(tokens)))
+    columns = (tokens, positions, sequences, parents, lengths, wanted)
+    return [torch.tensor(column) for column in columns], sequences
+
+
+@settings(max_examples=15, deadline=None)
+@given(call=calls(), seed=st.integers(0, 99))
+def test_it_computes_what_the_operators_mean(
+    pair: Pair, call: tuple[list[torch.Tensor], list[int]], seed: int
+) -> None:
+    inputs, sequences = call
+    generator = torch.Generator().manual_seed(seed)
+    states = [
+        torch.randn(
+            s.layers, SLOTS, s.heads, CAPACITY, s.key_dim + s.value_dim, generator=generator, dtype=torch.float64
+        )
+        for s in pair.function.states
+    ]
+    with torch.no_grad():
+        logits, hidden, *expected_states = pair.reference(*inputs, *states)
+        before = copy.deepcopy(states)
+        found_logits, found_hidden = pair.executable(*inputs, *states)
+    torch.testing.assert_close(found_logits, logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found_hidden, hidden, rtol=1e-9, atol=1e-9)
+    for found, expected, old in zip(states, expected_states, before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        untouched = [slot for slot in range(SLOTS) if slot not in sequences]
+        assert torch.equal(found[:, untouched], old[:, untouched])
+
+
+def test_a_dense_function_is_refused() -> None:
+    captured = capture(build("llama"))
+    with pytest.raises(LoweringError, match="run the kv-cache pass first"):
+        AtenExecutable(Function("forward", captured.graph, captured.weights, DENSE))
+
+
+def test_its_source_writes_states_in_place_and_returns_none() -> None:
+    source = AtenExecutable(flat_function("llama")).source
+    assert "graft.kv_append" not in source and "append(" in source
+    assert source.rstrip().endswith("return (squeeze_dim, squeeze_dim_1)")

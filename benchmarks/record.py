@@ -86,7 +86,7 @@ def save(name: str, results: Mapping[str, object], prompts: Path | None = None) 
     record = {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", f"benchmarks.{name.split('-')[0]}", *arguments]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name.split('-', maxsplit=1)[0]}", *arguments]),
         "prompts": prompts.name if prompts else None,
         "machine": machine(),
         **results,

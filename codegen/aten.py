@@ -100,8 +100,9 @@ def attend(
         keys, values = stored[..., : q.shape[-1]], stored[..., q.shape[-1] :]
         rows = q[:, :, start:end]
         if softcap or sinks is not None:
-            mask = layout.mask(run, window)
-            visible = torch.ones(end - start, stored.shape[1], dtype=torch.bool, device=q.device) if mask is None else mask
+            visible = layout.mask(run, window)
+            if visible is None:
+                visible = torch.ones(end - start, stored.shape[1], dtype=torch.bool, device=q.device)
             out = softmax_attention(rows, keys[None], values[None], visible, scale, softcap, sinks)[0]
         else:
             out = grouped_attention(rows[0], keys, values, layout, run, scale, window)

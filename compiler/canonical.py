@@ -41,8 +41,8 @@ NOT_CANONICAL: dict[Any, str] = {
     aten.addmm.default: "aten.linear.default over the transposed parameter",
     aten.layer_norm.default: "its row-wise parts",
     aten.rms_norm.default: "its row-wise parts",
-    torch.ops.higher_order.wrap_with_set_grad_enabled: "its body",
-    torch.ops.higher_order.wrap_with_autocast: "its body",
+    torch.ops.higher_order.wrap_with_set_grad_enabled: "its body; capture runs without gradients",
+    torch.ops.higher_order.wrap_with_autocast: "its body; capture runs without autocast",
 }
 """Operator -> what stands in its place in canonical form."""
 

@@ -1,20 +1,109 @@
-"""Which operators are taken apart at capture: norms, so that their statistics become ordinary row-wise nodes."""
+"""From export's graph to functional operators: writes become values, norms come apart into row-wise nodes.
+
+export leaves in-place operators, casts that cast nothing and whole norms in its graph. `run_decompositions` removes
+them by tracing everything again, which takes as long as export did. Nearly every model needs none of it: where the
+graph has no writes and no operator outside what is known here, the few operators are replaced node by node instead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout})
+KEPT_COMPOSITES = frozenset(
+    {aten.reshape.default, aten.chunk.default, aten.contiguous.default, aten.flatten.using_ints, aten.expand_as.default}
+)
+"""Composite operators returning views that canonical form takes as they are, or that `canonicalise` respells."""
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """The program without writes, norms, or casts that cast nothing; everything else stays whole."""
+    graph = exported.graph
+    if not all(is_plain(node) for node in graph.nodes):
+        return exported.run_decompositions(decompositions())
+    table, bodies = decompositions(), {}
+    for node in list(graph.nodes):
+        if node.target in table:
+            replace_by_body(node, table[node.target], bodies)
+        elif node.target in CASTS:
+            replace_cast(node)
+    return exported
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Whether the node can stay, or is one that `functional` replaces by itself."""
+    if node.op != "call_function" or node.target in CASTS | KEPT_COMPOSITES:
+        return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True  # arithmetic on sizes
+    returns_view = any(result.alias_info is not None for result in schema.returns)
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+    return not schema.is_mutable and not (returns_view and composite)
+
+
+def replace_by_body(node: fx.Node, body: Callable, bodies: dict[Any, fx.Graph]) -> None:
+    """Put the operator's decomposition in its place, traced once for all calls on operands of the same type."""
+    operands = node.all_input_nodes
+    types = [(str(operand.meta["val"].dtype), str(operand.meta["val"].shape)) for operand in operands]
+    signature = fx.map_arg((node.args, node.kwargs), lambda operand: operands.index(operand))
+    key = (node.target, str(types), str(signature))
+    if key not in bodies:
+
+        def on_operands(*values: Tensor) -> Tensor:
+            given = dict(zip(operands, values, strict=True))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: given[operand])
+            return body(*args, **kwargs)
+
+        bodies[key] = make_fx(on_operands)(*(operand.meta["val"] for operand in operands)).graph
+    places = dict(zip(bodies[key].find_nodes(op="placeholder"), operands, strict=True))
+    with node.graph.inserting_before(node):
+        for inner in bodies[key].nodes:
+            if inner.op == "call_function":
+                places[inner] = node.graph.node_copy(inner, lambda argument: places[argument])
+                places[inner].meta = {**node.meta, "val": inner.meta["val"]}
+    result = next(reversed(bodies[key].nodes)).args[0]
+    node.replace_all_uses_with(places[result])
+    node.graph.erase_node(node)
+
+
+def replace_cast(node: fx.Node) -> None:
+    """One spelling for a cast, and none for a cast to what the tensor is already."""
+    source, result = node.args[0].meta["val"], node.meta["val"]
+    if source.dtype == result.dtype and source.device == result.device:
+        new = node.args[0]
+    else:
+        kwargs: dict[str, Any] = {"dtype": result.dtype}
+        if source.device != result.device:
+            kwargs["device"] = result.device
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(aten._to_copy.default, (node.args[0],), kwargs)
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
-    """The table given to run_decompositions; everything it does not name stays whole."""
-    return {torch.ops.aten.layer_norm.default: layer_norm, torch.ops.aten.rms_norm.default: rms_norm}
+    """The operators that come apart, and how; everything else stays whole."""
+    return {aten.layer_norm.default: layer_norm, aten.rms_norm.default: rms_norm}
 
 
 def layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
     """aten.layer_norm over the last len(shape) dims; statistics in float32 for 16-bit inputs, as ATen computes them."""
@@ -26,10 +115,10 @@ def layer_norm(
 
 
 def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """aten.rms_norm over the last len(shape) dims."""
+    """aten.rms_norm over the last len(shape) dims, likewise."""
     dims = list(range(-len(shape), 0))
     wide = widened(x)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
     return affine(wide * torch.rsqrt((wide * wide).mean(dims, keepdim=True) + eps), weight, None).to(x.dtype)
 
 

@@ -5,7 +5,7 @@
             trees = draft(requests)
             rows = lay_out(requests, trees)
             logits = forward(rows)
-            outcomes = verify(requests, trees, logits)
+            outcomes = verify(requests, logits, trees)
             commit(requests, outcomes)
 
 `Host.load` compiles exactly the text that `print(host)` shows; there is no second loop.
@@ -26,7 +26,7 @@ PRIMITIVES: dict[str, str] = {
     "active": "active(requests) -> bool: whether a request is unfinished",
     "draft": "draft(requests) -> trees: a draft tree for every request that is past its prompt",
     "lay_out": "lay_out(requests[, trees]) -> rows: the next prompt chunks, and root and tree of the other requests",
-    "verify": "verify(requests[, trees], logits) -> outcomes: the accepted path of each request and the token after it",
+    "verify": "verify(requests, logits[, trees]) -> outcomes: the accepted path of each request and the token after it",
     "commit": "commit(requests, outcomes): keep what was accepted in text and KV cache; close what is finished",
 }
 """What the runtime provides beside the program's functions, each with its meaning."""
@@ -128,7 +128,7 @@ def speculative_host() -> Host:
         Call("draft", ("requests",), ("trees",)),
         Call("lay_out", ("requests", "trees"), ("rows",)),
         Call("forward", ("rows",), ("logits",)),
-        Call("verify", ("requests", "trees", "logits"), ("outcomes",)),
+        Call("verify", ("requests", "logits", "trees"), ("outcomes",)),
         Call("commit", ("requests", "outcomes")),
     )
     return Host((While(Call("active", ("requests",)), step),))

@@ -64,7 +64,7 @@ class Section:
     layer: int
     """HEAD, the layer's number, or the number of layers for what comes after the last."""
     nodes: list[fx.Node]
-    """call_function nodes in graph order."""
+    """call_function nodes in graph order, export's assertions left out."""
     blocks: list[Block] = field(default_factory=list)
 
     @property
@@ -105,6 +105,11 @@ def layer_path(node: fx.Node) -> str:
     return match.group(1) if match else ""
 
 
+def is_assertion(node: fx.Node) -> bool:
+    """Whether the node makes nothing that is used; a captured graph holds such, a canonical one does not."""
+    return node.meta.get("val") is None and not node.users
+
+
 def trunk_of(function: Function) -> Trunk | None:
     """The function's trunk, or None: not every function has one, and looking at it must work all the same."""
     try:
@@ -120,7 +125,7 @@ def find_layers(function: Function) -> Layers:
     sections = {number: Section(number, []) for number in range(HEAD, count + 1)}
     place = place_nodes(function.graph, trunk)
     for node in function.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and not is_assertion(node):
             sections[place[node]].nodes.append(node)
     for number, blocks in enumerate(trunk.layers if trunk else ()):
         sections[number].blocks = blocks
@@ -147,7 +152,7 @@ def place_nodes(graph: fx.Graph, trunk: Trunk | None) -> dict[fx.Node, int]:
         place[node] = max([HEAD, *operands, *([fixed[node]] if node in fixed else [])])
     for node in reversed(graph.nodes):
         # Made in a layer, read in one layer, but not from the stream: a norm's 1 + weight, a layer's view of the rope.
-        users = {place[user] for user in node.users}
+        users = {place[user] for user in node.users if not is_assertion(user)}
         if node.op == "call_function" and place[node] == HEAD and len(users) == 1 and layer_path(node):
             place[node] = users.pop()
     return place
@@ -158,7 +163,7 @@ def layer_graph(section: Section, place: dict[fx.Node, int], function: Function)
     graph, inside = nx.DiGraph(), set(section.nodes)
     stream = section.blocks[0].stream
     for node in section.nodes:
-        escapes = any(user not in inside for user in node.users)
+        escapes = any(user not in inside and not is_assertion(user) for user in node.users)
         graph.add_node(node, label=f"{node.target} {value_label(node)} {constants(node)} {escapes}")
     for node in section.nodes:
         positions: dict[Any, list[str]] = {}
@@ -196,7 +201,7 @@ def value_label(node: fx.Node) -> str:
 
 def constants(node: fx.Node) -> str:
     """The arguments that are not nodes, by position, without the index of the layer's state."""
-    return str(sorted((position, repr(value)) for position, value in flat_arguments(node) if not isinstance(value, fx.Node)))
+    return str([(where, repr(value)) for where, value in flat_arguments(node) if not isinstance(value, fx.Node)])
 
 
 def operands_of(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:

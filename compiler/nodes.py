@@ -55,13 +55,20 @@ def new_node(
     return node
 
 
-def new_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
-    """A placeholder behind the last one, holding `value` as its fake value."""
-    last = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
-        node = graph.placeholder(name)
-    node.meta["val"] = value
+def untyped_node(
+    graph: fx.Graph, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node
+) -> fx.Node:
+    """A call_function node without a fake value, for passes that change a signature and then derive the function."""
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta["origin"] = origin_of(like)
     return node
+
+
+def new_input(graph: fx.Graph, name: str) -> fx.Node:
+    """A placeholder behind the last one, without a fake value: the signature gives it one."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        return graph.placeholder(name)
 
 
 def touched(origin: Origin, by: str) -> Origin:

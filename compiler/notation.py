@@ -127,8 +127,8 @@ class Notation:
         if isinstance(value, fx.Node):
             if value.op == "get_attr":
                 return relative(str(value.target), prefix)
-            size = value.meta.get("val")
-            return self.size(size) if isinstance(size, (torch.SymInt, int)) and not isinstance(size, bool) else value.name
+            known = value.meta.get("val")
+            return self.size(known) if isinstance(known, torch.SymInt) or type(known) is int else value.name
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self.argument(element, prefix) for element in value)}]"
         if isinstance(value, slice):
@@ -150,7 +150,7 @@ class Notation:
 
     def plain_call(self, node: fx.Node, write: Callable[[Any], str]) -> str:
         """`name(operands, option=value)`, or `operand.name(...)` for a view."""
-        arguments = [write(value) if name is None else f"{name}={write(value)}" for name, value in shown_arguments(node)]
+        arguments = [f"{name}={write(value)}" if name else write(value) for name, value in shown_arguments(node)]
         name = target_name(node.target)
         if node.target in VIEWS:
             values = [write(value) for value in node.args[1:]]
@@ -171,7 +171,8 @@ def target_name(target: Any) -> str:
 
 
 def shown_arguments(node: fx.Node) -> list[tuple[str | None, Any]]:
-    """(None, operand) and (name, option) in the schema's order, options at their default left out."""
+    """(None, operand) and (name, option) in the schema's order, options at their default left out; an operand behind an
+    option is named too."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return [(None, value) for value in node.args] + list(node.kwargs.items())
@@ -182,9 +183,11 @@ def shown_arguments(node: fx.Node) -> list[tuple[str | None, Any]]:
         if not given or (argument.has_default_value() and same_constant(value, argument.default_value)):
             continue
         elements = value if isinstance(value, (list, tuple)) else [value]
-        operand = any(isinstance(element, fx.Node) for element in elements)
-        if operand or elements:
-            shown.append((None if operand else argument.name, value))
+        first = all(name is None for name, _ in shown)
+        operand = first and any(isinstance(element, fx.Node) for element in elements)
+        single = len(elements) == 1 and not isinstance(elements[0], fx.Node)
+        if elements:
+            shown.append((None if operand else argument.name, elements[0] if single else value))
     return shown
 
 
@@ -250,7 +253,8 @@ def write_linear_rows(node: fx.Node, write: Callable[[Any], str]) -> str:
         return write(operand) + ("" if whole else f"[{start}:{end}]")
 
     lists = [[part(operand, index) for index, operand in enumerate(operands)] for operands in (weights, biases)]
-    return f"linear_rows({', '.join([write(x), *(f'[{', '.join(parts)}]' for parts in lists if parts)])})"
+    operands = [write(x), *("[" + ", ".join(parts) + "]" for parts in lists if parts)]
+    return f"linear_rows({', '.join(operands)})"
 
 
 SPECIAL: dict[Any, Callable[[fx.Node, Callable[[Any], str]], str | None]] = {

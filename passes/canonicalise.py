@@ -14,12 +14,10 @@ after:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from graft.compiler.canonical import aten
@@ -68,8 +66,6 @@ def rewrite(function: Function, node: fx.Node, view: View) -> None:
             node.replace_all_uses_with(node.args[0])
         elif node.target in PARTS:
             take_parts(node, view)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator) and "wrap_with" in str(node.target):
-            inline(function, node)
         elif node.target in RESPELLED:
             target, args, kwargs = RESPELLED[node.target](function, node)
             node.replace_all_uses_with(new_node(graph, target, args, kwargs, like=node, by=view.by))
@@ -111,24 +107,6 @@ def take_parts(node: fx.Node, view: View) -> None:
         else:
             args, target = (source, dim, start, start + sizes[index]), aten.slice.Tensor
         user.replace_all_uses_with(new_node(node.graph, target, args, like=user, by=view.by))
-
-
-def inline(function: Function, node: fx.Node) -> None:
-    """Put the body of a grad-mode or autocast region in the place of its call."""
-    body_argument = next(index for index, argument in enumerate(node.args) if is_body(function, argument))
-    body = attribute(function.weights, node.args[body_argument].target)
-    operands = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[body_argument + 1 :], strict=True))
-    outputs = function.graph.graph_copy(body.graph, operands)
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    for user in list(node.users):
-        user.replace_all_uses_with(outputs[user.args[1]] if user.target is operator.getitem else outputs[0])
-
-
-def is_body(function: Function, argument: Any) -> bool:
-    """Whether the argument names a subgraph."""
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return False
-    return isinstance(attribute(function.weights, argument.target), fx.GraphModule)
 
 
 def reshape(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:

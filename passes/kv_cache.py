@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from graft.compiler.canonical import aten, graft
 from graft.compiler.errors import PassError
-from graft.compiler.nodes import call_nodes, new_node
+from graft.compiler.nodes import call_nodes, new_input, untyped_node
 from graft.compiler.passing import Contract, Pass, View, exact
 from graft.compiler.program import FLAT, Function, KVState
 
@@ -40,10 +40,10 @@ class KVCache(Pass):
             layouts = state_layouts(function)
             function.inputs = FLAT
             function.states = tuple(state for state, _ in layouts)
-            inputs = flat_inputs(function, view.by)
-            select_wanted(function, unembedding, inputs["wanted"], view.by)
-            states = [thread_state(function, state, nodes, inputs, view) for state, nodes in layouts]
-            flatten_outputs(function, states, view.by)
+            inputs = flat_inputs(function)
+            select_wanted(unembedding, inputs["wanted"])
+            states = [thread_state(inputs[state.name], nodes, inputs, view) for state, nodes in layouts]
+            flatten_outputs(function, states)
             function.graph.eliminate_dead_code()
             fold_sizes(function)
             function.derive()
@@ -64,69 +64,57 @@ def state_layouts(function: Function) -> list[tuple[KVState, list[fx.Node]]]:
     ]
 
 
-def flat_inputs(function: Function, by: str) -> dict[str, fx.Node]:
+def flat_inputs(function: Function) -> dict[str, fx.Node]:
     """Placeholders for the flat signature; the model's code goes on reading tokens and positions as a batch of one."""
-    graph, inputs = function.graph, {}
-    old = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    first = next(iter(graph.nodes))
+    graph = function.graph
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     for spec in (*function.inputs, *(state.input for state in function.states)):
-        if spec.name in old:
-            inputs[spec.name] = old[spec.name]
-        else:
-            with graph.inserting_before(first):
-                inputs[spec.name] = graph.placeholder(spec.name)
-        first.prepend(inputs[spec.name])
+        if spec.name not in inputs:
+            inputs[spec.name] = new_input(graph, spec.name)
     for name in ("tokens", "positions"):
-        users = list(old[name].users)
-        with graph.inserting_before(first):
-            batch = graph.call_function(aten.unsqueeze.default, (old[name], 0))
-        batch.meta = {"val": old[name].meta["val"], "origin": old[name].meta["origin"]}
+        users = list(inputs[name].users)
+        with graph.inserting_after(list(inputs.values())[-1]):
+            batch = untyped_node(graph, aten.unsqueeze.default, (inputs[name], 0), like=inputs[name])
         for user in users:
-            user.replace_input_with(old[name], batch)
+            user.replace_input_with(inputs[name], batch)
     return inputs
 
 
-def select_wanted(function: Function, unembedding: fx.Node, wanted: fx.Node, by: str) -> None:
+def select_wanted(unembedding: fx.Node, wanted: fx.Node) -> None:
     """Only the rows whose logits are wanted reach the unembedding."""
     hidden = unembedding.args[0]
-    with function.graph.inserting_before(unembedding):
-        rows = function.graph.call_function(aten.index_select.default, (hidden, 1, wanted))
-    rows.meta = dict(hidden.meta)
+    with unembedding.graph.inserting_before(unembedding):
+        rows = untyped_node(unembedding.graph, aten.index_select.default, (hidden, 1, wanted), like=hidden)
     unembedding.replace_input_with(hidden, rows)
 
 
-def thread_state(function: Function, state: KVState, nodes: list[fx.Node], inputs: dict, view: View) -> fx.Node:
+def thread_state(state: fx.Node, nodes: list[fx.Node], inputs: dict[str, fx.Node], view: View) -> fx.Node:
     """Replace the attention nodes by append and attend, the state passed from one to the next; returns the last."""
-    graph, current = function.graph, inputs[state.name]
+    graph = state.graph
+    sequences, lengths = inputs["sequences"], inputs["lengths"]
+    rows = (sequences, inputs["positions"], inputs["parents"], lengths)
     for index, node in enumerate(nodes):
         q, k, v, scale, *rest = node.args
         window, softcap, sinks = (*rest, *(0, 0.0, None)[len(rest) :])[:3]
         with graph.inserting_before(node):
-            current = bare(graph, graft.kv_append.default, (current, k, v, inputs["sequences"], inputs["lengths"], index), node)
-            rows = (inputs["sequences"], inputs["positions"], inputs["parents"], inputs["lengths"])
-            out = bare(graph, graft.kv_attend.default, (current, q, *rows, index, scale, window, softcap, sinks), node)
+            state = untyped_node(graph, graft.kv_append.default, (state, k, v, sequences, lengths, index), like=node)
+            options = (index, scale, window, softcap, sinks)
+            out = untyped_node(graph, graft.kv_attend.default, (state, q, *rows, *options), like=node)
         node.replace_all_uses_with(out)
         view.match()
-    return current
+    return state
 
 
-def bare(graph: fx.Graph, target: Any, args: tuple, like: fx.Node) -> fx.Node:
-    """A node whose fake value is derived only when the whole function has its new signature."""
-    node = graph.call_function(target, args)
-    node.meta["origin"] = like.meta["origin"]
-    return node
-
-
-def flatten_outputs(function: Function, states: list[fx.Node], by: str) -> None:
+def flatten_outputs(function: Function, states: list[fx.Node]) -> None:
     """Drop the batch dim from logits and hidden states; logits are float32, or float64 where the model is."""
     graph, output = function.graph, function.output
     logits, hidden = output.args[0]
     with graph.inserting_before(output):
+        wide = logits
         if logits.meta["val"].dtype not in (torch.float32, torch.float64):
-            logits = bare(graph, aten._to_copy.default, (logits,), logits)
-            logits.kwargs = {"dtype": torch.float32}
-        logits, hidden = (bare(graph, aten.squeeze.dim, (node, 0), like) for node, like in zip((logits, hidden), output.args[0], strict=True))
-    output.args = ((logits, hidden, *states),)
+            wide = untyped_node(graph, aten._to_copy.default, (logits,), {"dtype": torch.float32}, like=logits)
+        flat = [untyped_node(graph, aten.squeeze.dim, (node, 0), like=logits) for node in (wide, hidden)]
+    output.args = ((*flat, *states),)
 
 
 def fold_sizes(function: Function) -> None:

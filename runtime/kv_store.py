@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,7 +69,9 @@ class KVStore:
         for slot in counts:
             if self.pending[slot]:
                 raise StateError(
-                    "the slot has uncommitted rows", where=f"slot {slot}", remedy="commit or roll back before the next call"
+                    "the slot has uncommitted rows",
+                    where=f"slot {slot}",
+                    remedy="commit or roll back before the next call",
                 )
         need = max(self.lengths[slot] + count for slot, count in counts.items())
         if need > self.capacity:
@@ -79,7 +82,8 @@ class KVStore:
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep the uncommitted rows at these places, in this order, behind the committed tokens; drop the others."""
         length, count = self.lengths[slot], self.pending[slot]
-        if any(place >= count or place < 0 for place in path) or any(b <= a for a, b in zip(path, path[1:], strict=False)):
+        outside = any(not 0 <= place < count for place in path)
+        if outside or any(second <= first for first, second in pairwise(path)):
             raise StateError(
                 "a commit names rows that were not appended in that order",
                 expected=f"rising places below {count}",

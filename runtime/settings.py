@@ -32,6 +32,9 @@ from graft.runtime.random import row_seeds
 OVERRIDABLE = ("generate", "_sample", "_get_logits_processor", "_get_stopping_criteria", "_prepare_generation_config")
 """Methods that a model class must not have of its own, since graft runs transformers' ones."""
 
+NEUTRAL: dict[str, Any] = {"guidance_scale": 1, "penalty_alpha": 0, "low_memory": False, "assistant_early_exit": 0}
+"""Values beside the default at which an option changes nothing."""
+
 
 class ModelFace(GenerationMixin):
     """What transformers' preparation of generate() asks of a model; it holds no weights."""
@@ -161,12 +164,16 @@ def refuse_options(
     for name, value in vars(config).items():
         if name in METADATA or name.startswith("_") or same(value, defaults.get(name)):
             continue
+        if name in NEUTRAL and value == NEUTRAL[name]:
+            continue
         asked = name in options or (given is not None and not same(getattr(given, name, None), unset.get(name)))
         inherited = not asked or (name not in options and same(getattr(own, name, None), value))
         match treatment(name) if name in unset else "custom":
             case "supported":
                 continue
             case "inert" | "custom" if inherited:
+                continue
+            case "refused" if value is False:
                 continue
             case "custom":
                 close = difflib.get_close_matches(name, SUPPORTED, n=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from graft.compiler.drafting import ROOT, Candidates, DraftKind, DraftTree, Growth, TreePolicy
 from graft.compiler.errors import PlanError
@@ -165,25 +165,3 @@ def _best(reach: dict[int, float], budget: int) -> list[int]:
     """The `budget` nodes of highest reach, in tree order. A child is never above its parent, so none lacks its own."""
     nodes = sorted((node for node in reach if node != ROOT), key=lambda node: (-reach[node], node))
     return sorted(nodes[:budget])
-
-
-@dataclass(frozen=True)
-class Tree:
-    """The part of a plan that shapes the draft: at most `nodes` drafted rows, the root not counted."""
-
-    nodes: int = 16
-    policy: TreePolicy = field(default_factory=BestFirst)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.nodes <= MAX_NODES:
-            raise PlanError(
-                "The size of the draft tree is out of range.",
-                expected=f"0 to {MAX_NODES} drafted nodes",
-                found=self.nodes,
-                where="Tree.nodes",
-            )
-
-
-MAX_NODES = 63
-"""With the root at most 64 rows: tree attention keeps a row's ancestors in a 64-bit mask."""
-

@@ -43,13 +43,13 @@ class Lookup(TableDrafter):
 class LookupTable(Table[tuple[int, ...]]):
     """N-gram -> what followed it, latest last. The state of a place is its last `longest` tokens.
 
-    Classes of evidence: two for each length of match, for the latest continuation and for the others.
+    The class of a candidate is the longest match at its place, and its rank there up to the fifth.
     """
 
     def __init__(self, spec: Lookup, context: Context) -> None:
         self.spec = spec
         self.lengths = range(spec.longest, spec.shortest - 1, -1)
-        self.priors = [rate for length in range(spec.longest + 1) for rate in _prior(length)]
+        self.priors = [rate for length in range(spec.longest + 1) for rate in (_first(length), *_LATER)]
         self.followers: dict[tuple[int, ...], list[int]] = {}
         self.learnt = 0
         self._learn(context.tokens)
@@ -65,14 +65,19 @@ class LookupTable(Table[tuple[int, ...]]):
     def candidates(self, state: tuple[int, ...]) -> Evidence:
         """See `Table.candidates`."""
         found: dict[int, int] = {}
+        kind = last = 0
         for length in self.lengths:
-            followers = self.followers.get(state[-length:]) if len(state) >= length else None
-            if followers is not None:
-                kind = 2 * length
-                for token in reversed(followers):
-                    if token not in found:
-                        found[token] = kind
-                    kind = 2 * length + 1
+            followers = self.followers.get(state[-length:])
+            if followers is None:
+                continue
+            if not found:
+                kind = length * _RANKS
+                last = kind + _RANKS - 1
+            for token in reversed(followers):
+                if token not in found:
+                    found[token] = kind
+                    if kind < last:
+                        kind += 1
         return list(found.items())
 
     def observe(self, context: Context, outcome: Outcome) -> None:
@@ -95,5 +100,9 @@ class LookupTable(Table[tuple[int, ...]]):
         self.learnt = len(tokens)
 
 
-def _prior(length: int) -> tuple[float, float]:
-    return (min(0.9, 0.2 + 0.15 * length), 0.05)
+_RANKS = 5
+_LATER = (0.12, 0.07, 0.04, 0.02)
+
+
+def _first(length: int) -> float:
+    return 1.0 - 0.75 * 0.7 ** (length - 1)

@@ -1,0 +1,72 @@
+"""Where the time of a generate() call went, and what speculation gained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from graft.runtime.request import Request
+
+
+class Stats:
+    """Seconds by phase, for steps with prompt rows in them and for the others.
+
+    Phases: "model" (the target with its argmax and top-k), "draft" (proposing and learning), "overhead" (the rest).
+    """
+
+    def __init__(self) -> None:
+        self.seconds = {True: dict.fromkeys(PHASES, 0.0), False: dict.fromkeys(PHASES, 0.0)}
+        self.prefilling = False
+        self.steps = 0
+        self.decode_tokens = 0
+        self.started = self.latest = self.step_started = time.perf_counter()
+
+    def start_step(self, prefilling: bool) -> None:
+        """A step begins; what is marked until the next one counts for prompts, or for decoding."""
+        self.prefilling = prefilling
+        self.latest = self.step_started = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        """The time since the last mark was spent on `phase`."""
+        now = time.perf_counter()
+        self.seconds[self.prefilling][phase] += now - self.latest
+        self.latest = now
+
+    def end_step(self) -> float:
+        """The step is over; its seconds."""
+        self.mark("overhead")
+        if not self.prefilling:
+            self.steps += 1
+        return self.latest - self.step_started
+
+    def summary(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """What `CompiledModel.stats` shows.
+
+        `steps` are target calls without prompt tokens, `steps_per_request` the calls that each request took part in
+        after its prompt; `tokens_per_step` is new tokens but the first, by those calls, mean over all requests.
+        """
+        decode = self.seconds[False]
+        per_request = [(request.new_tokens - 1, request.steps) for request in requests]
+        steps = sum(steps for _, steps in per_request)
+        return {
+            "prompt_tokens": sum(request.context.prompt_length for request in requests),
+            "new_tokens": sum(request.new_tokens for request in requests),
+            "new_tokens_per_request": [request.new_tokens for request in requests],
+            "steps": self.steps,
+            "steps_per_request": [request.steps for request in requests],
+            "tokens_per_step": sum(tokens for tokens, _ in per_request) / steps if steps else 0.0,
+            "tokens_per_step_per_request": [tokens / steps if steps else 0.0 for tokens, steps in per_request],
+            "drafted": sum(request.drafted for request in requests),
+            "accepted": sum(request.accepted for request in requests),
+            "drafted_per_request": [request.drafted for request in requests],
+            "accepted_per_request": [request.accepted for request in requests],
+            "prefill_seconds": sum(self.seconds[True].values()),
+            "decode_seconds": sum(decode.values()),
+            "draft_seconds": decode["draft"],
+            "model_seconds": decode["model"],
+            "overhead_seconds": decode["overhead"],
+        }
+
+
+PHASES = ("model", "draft", "overhead")

@@ -6,7 +6,6 @@ compiler/token_rule.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def check_function(function: Function) -> None:
                     expected="operators that treat every token by itself",
                     found=mixed,
                     where=place_of(node),
-                    remedy="a recurrence or convolution over positions would need a state of its own; see docs/limits.md",
+                    remedy="recurrences and convolutions over positions are not supported; see docs/limits.md",
                 )
     check_output(function, values, sizes)
     for state in function.states:
@@ -79,7 +78,9 @@ def check_graph(function: Function) -> None:
     strange = next((node for node in function.graph.nodes if node.op not in known), None)
     if strange is not None:
         raise CheckError(
-            "a node is of a kind that functions do not have", expected=", ".join(sorted(known)), found=strange.op,
+            "a node is of a kind that functions do not have",
+            expected=", ".join(sorted(known)),
+            found=strange.op,
             where=place_of(strange),
         )
 
@@ -89,7 +90,9 @@ def check_signature(function: Function) -> None:
     expected = [spec.name for spec in (*function.inputs, *(state.input for state in function.states))]
     found = [node.name for node in function.graph.nodes if node.op == "placeholder"]
     if expected != found:
-        raise CheckError("the placeholders are not the signature's", expected=", ".join(expected), found=", ".join(found))
+        raise CheckError(
+            "the placeholders are not the signature's", expected=", ".join(expected), found=", ".join(found)
+        )
     for node in function.graph.nodes:
         if node.op == "get_attr":
             try:
@@ -156,20 +159,22 @@ def derived_values(function: Function) -> tuple[Values, Sizes]:
     model costs little more than one of its layers."""
     fakes = Fakes()
     device = next(function.weights.parameters()).device
-    specs = {spec.name: spec for spec in (*function.inputs, *(state.input for state in function.states))}
+    specs = (*function.inputs, *(state.input for state in function.states))
+    inputs = {spec.name: fakes.tensor(spec.sizes, spec.dtype, device) for spec in specs}
     values: Values = {}
     known: dict[Any, Any] = {}
     keys: dict[int, Any] = {}
     with fakes.mode, torch.no_grad():
         for node in function.graph.nodes:
             if node.op == "placeholder":
-                values[node] = fakes.tensor(specs[node.name].sizes, specs[node.name].dtype, device)
+                values[node] = inputs[node.name]
             elif node.op == "get_attr":
                 values[node] = fakes.parameter(attribute(function.weights, node.target))
             elif node.op == "call_function":
                 key = (node.target, call_key(node.args, values, keys), call_key(node.kwargs, values, keys))
                 if key not in known:
                     known[key] = derive_one(node, values)
+                    refuse_fixed_sizes(node, fakes)
                 values[node] = known[key]
     return values, Sizes({size.node.expr: name for name, size in fakes.symbols.items()})
 
@@ -212,6 +217,18 @@ def derive_one(node: fx.Node, values: Values) -> Any:
         ) from error
 
 
+def refuse_fixed_sizes(node: fx.Node, fakes: Fakes) -> None:
+    """An operator's shape rule may only hold for one value of a dynamic size, which then is a number from there on."""
+    fixed = [name for name, size in fakes.symbols.items() if size.node.expr.is_number]
+    if fixed:
+        raise CheckError(
+            "an operator fixes a dynamic size",
+            expected=f"a shape rule for every {' and '.join(fixed)}",
+            found=getattr(node.target, "__name__", node.target),
+            where=place_of(node),
+        )
+
+
 def check_value(node: fx.Node, derived: Any) -> None:
     """What the node's metadata says it holds is what its operands make."""
     if not same_type(node.meta["val"], derived):
@@ -235,7 +252,9 @@ def check_output(function: Function, values: Values, sizes: Sizes) -> None:
     count = 2 + len(function.states)
     if not isinstance(outputs, (tuple, list)) or len(outputs) != count:
         raise CheckError(
-            "the outputs are not the signature's", expected=f"logits, hidden states and {count - 2} states", found=outputs
+            "the outputs are not the signature's",
+            expected=f"logits, hidden states and {count - 2} states",
+            found=outputs,
         )
     rows = (["R"], ["N"]) if function.flat else (["B", "L"], ["B", "L"])
     for name, node, expected in zip(("logits", "hidden states"), outputs, rows, strict=False):
@@ -251,7 +270,8 @@ def check_output(function: Function, values: Values, sizes: Sizes) -> None:
 
 def check_state(function: Function, state: KVState, values: Values) -> None:
     """One chain of writes from the state's input to its output, every reader in front of the next writer."""
-    current, written = function.placeholder(state.name), set()
+    current = function.placeholder(state.name)
+    written: set[int] = set()
     returned = function.output.args[0][2 + function.states.index(state)]
     while True:
         writers = [user for user in current.users if user.target in STATE_WRITES and user.args[0] is current]
@@ -299,4 +319,6 @@ def check_rows(state: KVState, node: fx.Node, values: Values) -> None:
 
 def state_error(state: KVState, problem: str, expected: str, node: fx.Node) -> CheckError:
     """The error for a broken rule of states."""
-    return CheckError(f"state {state.name} {problem}", expected=expected, found=node.format_node(), where=place_of(node))
+    return CheckError(
+        f"state {state.name} {problem}", expected=expected, found=node.format_node(), where=place_of(node)
+    )

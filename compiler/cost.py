@@ -199,7 +199,10 @@ class CostModel:
         """Rows of a table: of a parameter they are weights, of anything else activations."""
         moved = self.bytes([node])
         if node.args[0].op == "get_attr":
-            return Cost(weights=moved, activations=moved)
+            # Rows may want the same experts, and no more is read than there is; a vocabulary is larger than any call.
+            bound = node.target is aten.index.Tensor
+            weights = sympy.Min(moved, self.bytes(node.args[:1])) if bound else moved
+            return Cost(weights=weights, activations=moved)
         return Cost(activations=2 * moved)
 
     def sizes(self, node: fx.Node) -> list[Any]:

@@ -7,6 +7,7 @@ graph has no writes and no operator outside what is known here, the few operator
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout})
 KEPT_COMPOSITES = frozenset(
-    {aten.reshape.default, aten.chunk.default, aten.contiguous.default, aten.flatten.using_ints, aten.expand_as.default}
+    {aten.reshape.default, aten.chunk.default, aten.contiguous.default, aten.flatten.using_ints}
 )
 """Composite operators returning views that canonical form takes as they are, or that `canonicalise` respells."""
 
@@ -31,10 +32,14 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         return exported.run_decompositions(decompositions())
     table, bodies = decompositions(), {}
     for node in list(graph.nodes):
-        if node.target in table:
+        if is_write(node):
+            replace_write(node)
+        elif node.target in table:
             replace_by_body(node, table[node.target], bodies)
         elif node.target in CASTS:
             replace_cast(node)
+        elif node.target is aten.flatten.using_ints:
+            replace_flatten(node)
     return exported
 
 
@@ -47,16 +52,60 @@ def is_plain(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return True  # arithmetic on sizes
-    returns_view = any(result.alias_info is not None for result in schema.returns)
+    if schema.is_mutable:
+        return is_simple_write(node)
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
-    return not schema.is_mutable and not (returns_view and composite)
+    return not (returns_view(node) and composite)
+
+
+def returns_view(node: fx.Node) -> bool:
+    """Whether the result may share memory with an argument, a write's own result aside."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether the call writes an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def is_simple_write(node: fx.Node) -> bool:
+    """Whether the call writes a tensor that was made in this graph and that nothing else shares memory with."""
+    arguments = node.target._schema.arguments
+    writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in arguments]
+    names = [node.args[0]]
+    while is_write(names[-1]):
+        names.append(names[-1].args[0])
+    fresh = names[-1].op == "call_function" and not returns_view(names[-1])
+    users = {user for name in names for user in name.users if user < node and not is_write(user)}
+    shared = any(returns_view(user) for user in users)
+    return writes[0] and not any(writes[1:]) and fresh and not shared and functional_twin(node) is not None
+
+
+def functional_twin(node: fx.Node) -> Callable | None:
+    """The operator that returns what this one writes: aten.add.Tensor for aten.add_.Tensor."""
+    packet = getattr(aten, node.target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, node.target._overloadname, None)
+
+
+def replace_write(node: fx.Node) -> None:
+    """The write's result as a new value, which everything from here on reads."""
+    written = node.args[0]
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(functional_twin(node), node.args, node.kwargs)
+    new.meta = dict(node.meta)
+    for user in [user for user in written.users if user > node]:
+        user.replace_input_with(written, new)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def replace_by_body(node: fx.Node, body: Callable, bodies: dict[Any, fx.Graph]) -> None:
     """Put the operator's decomposition in its place, traced once for all calls on operands of the same type."""
     operands = node.all_input_nodes
     types = [(str(operand.meta["val"].dtype), str(operand.meta["val"].shape)) for operand in operands]
-    signature = fx.map_arg((node.args, node.kwargs), lambda operand: operands.index(operand))
+    signature = fx.map_arg((node.args, node.kwargs), operands.index)
     key = (node.target, str(types), str(signature))
     if key not in bodies:
 
@@ -91,6 +140,31 @@ def replace_cast(node: fx.Node) -> None:
         new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def replace_flatten(node: fx.Node) -> None:
+    """A reshape that names its sizes, the symbolic ones as nodes."""
+    source, start, end = (*node.args, *(0, -1)[len(node.args) - 1 :])
+    shape = source.meta["val"].shape
+    start, end = start % len(shape), end % len(shape)
+    merged = math.prod(shape[start : end + 1])
+    with node.graph.inserting_before(node):
+        sizes = [dim_size(source, dim) for dim in range(len(shape))]
+        sizes[start : end + 1] = [merged if isinstance(merged, int) else -1]
+        new = node.graph.call_function(aten.reshape.default, (source, sizes))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def dim_size(source: fx.Node, dim: int) -> int | fx.Node:
+    """The size as a number, or the node that reads it."""
+    size = source.meta["val"].shape[dim]
+    if isinstance(size, int):
+        return size
+    node = source.graph.call_function(aten.sym_size.int, (source, dim))
+    node.meta = {**source.meta, "val": size}
+    return node
 
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable]:

@@ -19,7 +19,6 @@ from graft.compiler.listing import INDENT, Line, aligned, column_widths, is_show
 from graft.compiler.notation import Notation, bytes_text
 from graft.compiler.program import Function, Program
 
-
 KINDS = 3
 """Changes of size that are shown by example in one group."""
 
@@ -50,8 +49,11 @@ class Group:
         lines = [f"{change.sign} {change.line.text}  # {change.line.module}" for change in self.changes]
         lines += sorted({f"{before} -> {after}" for _, before, after in self.resized})
         text = re.sub(r", layer=\d+", "", "\n".join(lines))
-        number = lambda match: numbers.setdefault(match[0], f"%{len(numbers)}") if match[0] in local else match[0]  # noqa: E731
-        return re.sub(r"(?<![.\w])[A-Za-z_]\w*", number, text)
+
+        def number(match: re.Match) -> str:
+            return numbers.setdefault(match[0], f"%{len(numbers)}") if match[0] in local else match[0]
+
+        return re.sub(r"(?<![.\w])[A-Za-z_]\w*(?![\w(])", number, text)
 
 
 @dataclass
@@ -182,8 +184,9 @@ def diff_functions(old: Function | None, new: Function | None, name: str) -> Fun
         name,
         marked if sides[0].signature != sides[1].signature else [],
         [group for group in groups if group.changes or group.resized],
-        *(side.bytes for side in sides),
-        sides[0].local | sides[1].local,
+        bytes_before=sides[0].bytes,
+        bytes_after=sides[1].bytes,
+        local=sides[0].local | sides[1].local,
     )
 
 
@@ -241,14 +244,13 @@ def diff_group(path: str, old: list[Line], new: list[Line]) -> Group:
                 group.resized.append((name, before[name].type, after[name].type))
             before[name] = after[name]
     group.resized.sort(key=lambda entry: list(after).index(entry[0]))
-    left = [[line for line in side.values() if before.get(line.node) is not after.get(line.node)] for side in (before, after)]
-    order = [[before[line.node].text for line in old], [line.text for line in new]]
-    changed = [{line.text for line in side} for side in left]
+    was, now = [before[line.node].text for line in old], [line.text for line in new]
+    gone, come = set(was) - set(now), set(now) - set(was)
     lines = [{line.text: line for line in side.values()} for side in (before, after)]
-    for tag, i, j, k, m in difflib.SequenceMatcher(None, *order, autojunk=False).get_opcodes():
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, was, now, autojunk=False).get_opcodes():
         if tag != "equal":
-            group.changes += [Change("-", lines[0][text]) for text in order[0][i:j] if text in changed[0]]
-            group.changes += [Change("+", lines[1][text]) for text in order[1][k:m] if text in changed[1]]
+            group.changes += [Change("-", lines[0][text]) for text in was[i:j] if text in gone]
+            group.changes += [Change("+", lines[1][text]) for text in now[k:m] if text in come]
     return group
 
 

@@ -16,9 +16,9 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-DraftKind = Literal["deterministic", "independent", "without-replacement"]
+DraftKind = Literal["deterministic", "independent", "without-replacement", "mixed"]
 """How the children of a tree node were drawn: a function of the context alone (so q is one-hot), independent samples
-from q, or samples from q without replacement in the order kept."""
+from q, samples from q without replacement in the order kept, or by several drafters of which at least one draws."""
 
 ROOT = -1
 """The parent of a draft tree's first level: the last token of the context, which the target has not run yet."""
@@ -32,12 +32,6 @@ class Context:
     prompt_length: int
     data: dict[str, object] = field(default_factory=dict)
     """Per-request state of drafters and controllers, each under a key of its own; dropped with the request."""
-    uniforms: Uniforms | None = None
-    """The request's random numbers; None where decoding is greedy. A drafter that draws takes the stream "draft"."""
-    distribution: Callable[[Sequence[int], np.ndarray], np.ndarray] | None = None
-    """What the target does to logits before it samples: (tokens so far, float32 [vocabulary] logits) -> float64
-    [vocabulary] that sums to 1. A drafter that draws must draw from exactly the array that it hands over as q; passing
-    its logits through this function makes that q close to the target's. None where decoding is greedy."""
 
 
 @dataclass
@@ -122,13 +116,17 @@ class Drafting(Protocol):
     """The state of a drafter during one generate() call, over any number of requests."""
 
     def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
-        """A request starts. `prompt_best` int64 [prompt tokens, observes] where `Drafter.observes_prompt`, else None."""
+        """A request starts. `prompt_best` is int64 [prompt tokens, observes] where `observes_prompt`, else None."""
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """One tree for each context, with at most that many nodes; an empty tree where nothing is worth drafting."""
 
     def observe(self, context: Context, outcome: Outcome) -> None:
-        """The step is decided and `context.tokens` already ends with `outcome.next_token`."""
+        """The step is decided and `context.tokens` already ends with `outcome.next_token`.
+
+        The outcome's tree is the one that was verified, which may be larger or smaller than what this drafter proposed.
+        The first call of a request has an empty tree: it shows the token that follows the prompt.
+        """
 
     def end(self, context: Context) -> None:
         """The request is finished, or generate() was interrupted. Called once for every begin."""
@@ -138,7 +136,10 @@ class Drafting(Protocol):
 class Drafter(ABC):
     """Proposes tokens; never changes the output."""
 
-    kind: ClassVar[DraftKind] = "deterministic"
+    @property
+    def kind(self) -> DraftKind:
+        """How it draws what it proposes."""
+        return "deterministic"
 
     @property
     def observes(self) -> int:

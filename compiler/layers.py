@@ -8,13 +8,13 @@ graphs maps one to the other. Weisfeiler-Lehman hashes tell most different layer
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor, fx
 
 from graft.compiler.canonical import STATE_WRITES
@@ -107,7 +107,7 @@ def layer_path(node: fx.Node) -> str:
 
 def is_assertion(node: fx.Node) -> bool:
     """Whether the node makes nothing that is used; a captured graph holds such, a canonical one does not."""
-    return node.meta.get("val") is None and not node.users
+    return node.op == "call_function" and node.meta.get("val") is None and not node.users
 
 
 def trunk_of(function: Function) -> Trunk | None:
@@ -210,14 +210,17 @@ def operands_of(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
 
 
 def flat_arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
-    """(position, value) of every argument, those inside of lists too; graft's own `layer` argument is left out."""
+    """(name, value) of every argument, defaults and what is inside of lists too; graft's own `layer` is left out."""
     schema = getattr(node.target, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema else []
-    own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "graft"
-    for index, value in [*enumerate(node.args), *node.kwargs.items()]:
-        name = names[index] if isinstance(index, int) and index < len(names) else str(index)
-        if not (own and name == "layer"):
-            yield from flatten(name, value)
+    if schema is None:
+        named = [*((str(index), value) for index, value in enumerate(node.args)), *node.kwargs.items()]
+    else:
+        defaults = {argument.name: argument.default_value for argument in schema.arguments}
+        given = dict(zip(defaults, node.args, strict=False)) | node.kwargs
+        own = schema.name.startswith("graft::")
+        named = [(name, value) for name, value in (defaults | given).items() if not (own and name == "layer")]
+    for name, value in named:
+        yield from flatten(name, value)
 
 
 def flatten(position: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -238,7 +241,7 @@ def find_classes(graphs: Sequence[nx.DiGraph]) -> tuple[list[int], dict[fx.Node,
     same = nx.algorithms.isomorphism.categorical_node_match("label", None)
     same_edge = nx.algorithms.isomorphism.categorical_edge_match("label", None)
     for index, graph in enumerate(graphs):
-        key = nx.weisfeiler_lehman_graph_hash(graph, node_attr="label", edge_attr="label")
+        key = graph_hash(graph)
         for first in by_hash.setdefault(key, []):
             matcher = nx.algorithms.isomorphism.DiGraphMatcher(graph, graphs[first], same, same_edge)
             if matcher.is_isomorphic():
@@ -250,6 +253,14 @@ def find_classes(graphs: Sequence[nx.DiGraph]) -> tuple[list[int], dict[fx.Node,
             classes.append(index)
             twins.update((node, node) for node in graph if isinstance(node, fx.Node))
     return classes, twins
+
+
+def graph_hash(graph: nx.DiGraph) -> str:
+    """The Weisfeiler-Lehman hash of a labelled graph."""
+    with warnings.catch_warnings():
+        # networkx says that release 3.5 changed the hashes of directed graphs; these are never stored.
+        warnings.simplefilter("ignore", UserWarning)
+        return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label", edge_attr="label")
 
 
 def fold(classes: Sequence[Any], start: int = 0, longest: int = LONGEST_PERIOD) -> tuple[Run, ...]:

@@ -214,7 +214,8 @@ def rank_of(node: Any) -> int | None:
 
 def write_slice(node: fx.Node, write: Callable[[Any], str]) -> str:
     """`x[..., 0:64]`."""
-    source, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    given: tuple[Any, ...] = node.args
+    source, dim, start, end, step = (*given, *(None, 0, None, None, 1)[len(given) :])
     text = f"{'' if start in (None, 0) else write(start)}:{'' if end in (None, OPEN_END) else write(end)}"
     text += f":{write(step)}" if step != 1 else ""
     return write(source) + subscript(dim, text, rank_of(source))

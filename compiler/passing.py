@@ -37,6 +37,8 @@ class Pass(ABC):
     """Facts that hold after."""
     breaks: ClassVar[frozenset[str]] = frozenset()
     """Facts that no longer hold after."""
+    tidies: ClassVar[bool] = False
+    """Whether finding nothing to do is as good an outcome as any; else a pass that matches nothing warns."""
 
     @classmethod
     def pass_name(cls) -> str:
@@ -50,7 +52,7 @@ class Pass(ABC):
 
 def spec_name(class_name: str) -> str:
     """`SkipFFN` -> "skip-ffn", `KVCache` -> "kv-cache", `DropBlock` -> "drop-block"."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", class_name)
+    words = re.findall(r"[A-Z]+(?![a-z])[0-9]*|[A-Z]?[a-z0-9]+", class_name)
     return "-".join(word.lower() for word in words)
 
 

@@ -182,14 +182,19 @@ def check_lossless(verifier: Verifier, drafter: Drafter, policy: TreePolicy | No
         return
     names = spec_name(type(verifier).__name__), spec_name(type(drafter).__name__)
     shape = f", which {spec_name(type(policy).__name__)} shapes into trees that branch" if branches else ""
-    others = [cls for cls in registry.components(Verifier) if drafter.kind in cls.lossless_for and not cls.chains_only]
+    others = [rule for rule in verifiers() if drafter.kind in rule.lossless_for and not rule.chains_only]
     raise PlanError(
         f"verifier {names[0]} is not lossless for drafter {names[1]}",
         expected=f"drafts of kind {', '.join(sorted(kinds))}{' in chains' if verifier.chains_only else ''}",
         found=f"{names[1]} drafts {drafter.kind} tokens{shape}",
         where="plan.verifier and plan.draft",
-        remedy=f"use {' or '.join(sorted(spec_name(cls.__name__) for cls in others)) or 'another drafter'}",
+        remedy=f"use {' or '.join(sorted(spec_name(rule.__name__) for rule in others)) or 'another drafter'}",
     )
+
+
+def verifiers() -> Iterator[type[Verifier]]:
+    """Every verifier there is."""
+    yield from registry.components(Verifier)
 
 
 def load_all(paths: Sequence[Any]) -> None:
@@ -203,7 +208,7 @@ def used(given: dict[str, Any]) -> list[Any]:
     """The files that a document names under `use`."""
     paths = given.get("use", [])
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise PlanError("plan.use has the wrong type", expected="a list, each element text", found=paths, where="plan.use")
+        raise PlanError("plan.use has the wrong type", expected="a list of paths", found=paths, where="plan.use")
     return paths
 
 

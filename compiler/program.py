@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from graft.compiler.errors import GraftError
 from graft.compiler.shapes import Fakes, derive
+
+if TYPE_CHECKING:
+    from graft.compiler.diff import Diff
+    from graft.compiler.draw import Drawing
+    from graft.compiler.explain import Explanation
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,26 @@ class Function:
         """The same function over a copied graph; parameters are shared."""
         return Function(self.name, copy.deepcopy(self.graph), self.weights, self.inputs, self.states)
 
+    def __str__(self) -> str:
+        """The listing, identical layers folded; compiler.listing.list_function prints it in full."""
+        from graft.compiler.listing import list_function
+
+        return list_function(self)
+
+    __repr__ = __str__
+
+    def draw(self, full: bool = False) -> Drawing:
+        """The function as graphviz text, and as SVG where the program `dot` is installed."""
+        from graft.compiler.draw import draw_function
+
+        return draw_function(self, full=full)
+
+    def to_json(self) -> dict[str, Any]:
+        """The function as plain dicts and lists."""
+        from graft.compiler.as_json import function_json
+
+        return function_json(self)
+
 
 @dataclass(frozen=True)
 class PassRecord:
@@ -167,3 +192,29 @@ class Program:
     def node_count(self) -> int:
         """call_function nodes of all functions."""
         return sum(node.op == "call_function" for f in self.functions.values() for node in f.graph.nodes)
+
+    def __str__(self) -> str:
+        """The history of passes, the listing of every function, and the host program."""
+        from graft.compiler.listing import list_program
+
+        return list_program(self)
+
+    __repr__ = __str__
+
+    def diff(self, before: str, after: str | None = None) -> Diff:
+        """What changed between two snapshots ("capture" or names of passes), or since one of them; str() shows it."""
+        from graft.compiler.diff import diff_snapshots
+
+        return diff_snapshots(self, before, after)
+
+    def explain(self, name: str, function: str | None = None) -> Explanation:
+        """Everything known about a node or a parameter; str() shows it."""
+        from graft.compiler.explain import explain_node
+
+        return explain_node(self, name, function)
+
+    def to_json(self) -> dict[str, Any]:
+        """The program as plain dicts and lists."""
+        from graft.compiler.as_json import program_json
+
+        return program_json(self)

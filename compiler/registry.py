@@ -7,7 +7,6 @@ when a plan asks for their name.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 import importlib.util
@@ -63,7 +62,9 @@ def find(base: type, name: str) -> type:
 def components(base: type) -> Iterator[type]:
     """Every concrete component of that kind that exists now. Of a class defined again under its old module and
     qualified name, as in a notebook, the newest counts."""
-    newest = {(cls.__module__, cls.__qualname__): cls for cls in subclasses(base) if not inspect.isabstract(cls)}
+    newest: dict[tuple[str, str], type] = {
+        (cls.__module__, cls.__qualname__): cls for cls in subclasses(base) if not inspect.isabstract(cls)
+    }
     yield from newest.values()
 
 
@@ -128,8 +129,8 @@ def same_owner(left: type, right: type) -> bool:
 
 def check_class(cls: type) -> None:
     """Refuse a component whose options would not be options: new fields, but no dataclass of its own."""
-    own = [name for name, kind in vars(cls).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
-    if own and "__dataclass_fields__" not in vars(cls) or not dataclasses.is_dataclass(cls):
+    own = [name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
+    if own and "__dataclass_fields__" not in vars(cls):
         raise PlanError(
             f"{cls.__name__} has options but is not a dataclass",
             expected="@dataclass(frozen=True) above the class",
@@ -172,7 +173,9 @@ def load_file(path: str | Path) -> list[type]:
         source = file.read_bytes()
     except OSError as error:
         raise PlanError(
-            "a file with components cannot be read", found=error.strerror or str(error), where=path,
+            "a file with components cannot be read",
+            found=error.strerror or str(error),
+            where=path,
             remedy="check the path in the plan's `use`",
         ) from error
     name = f"graft_user_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"

@@ -113,7 +113,7 @@ def place(positional: Items, known: dict[str, Any], given: dict[str, Any], where
         placed: dict[str, Any] = {next(iter(known)): positional}
     else:
         placed = dict(zip(known, positional, strict=False))
-    if len(positional) > len(known) > 0 and not isinstance(next(iter(placed.values())), Items) or not known:
+    if not any(value is positional for value in placed.values()) and len(positional) > len(known):
         raise PlanError(
             f"{where} has too many values", expected=f"at most {len(known)}", found=len(positional), where=where
         )
@@ -160,7 +160,10 @@ def conform(value: Any, kind: Any, where: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         raise PlanError(
-            f"{where} has no such choice", expected=registry.nearest(str(value), map(str, arguments)), found=value, where=where
+            f"{where} has no such choice",
+            expected=registry.nearest(str(value), map(str, arguments)),
+            found=value,
+            where=where,
         )
     if kind is None or kind is type(None):
         if value is None or value == {}:  # TOML has no null
@@ -214,7 +217,7 @@ def conform_tuple(value: Any, arguments: tuple, kind: Any, where: str) -> tuple:
 
 
 def first_fitting(value: Any, kinds: tuple, kind: Any, where: str) -> Any:
-    """The value as the first type of a union that takes it. Where none does, the error of the only type besides None."""
+    """The value as the first type of a union that takes it. Else the error of its one type besides None."""
     errors: list[PlanError] = []
     for one in sorted(kinds, key=lambda one: one is not type(None)):
         try:

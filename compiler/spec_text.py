@@ -1,8 +1,8 @@
 """The grammar of one-line specs: text to plain data, before any type is known.
 
-    arguments = [ argument { "," argument } ]
-    argument  = option "=" [ value ] | value      a value without a name goes on with the option before it
-    value     = word | string | "(" [ value { "," value } ] ")" | [ word ] "{" arguments "}"
+arguments = [ argument { "," argument } ]
+argument  = option "=" [ value ] | value      a value without a name goes on with the option before it
+value     = word | string | "(" [ value { "," value } ] ")" | [ word ] "{" arguments "}"
 """
 
 from __future__ import annotations

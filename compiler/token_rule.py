@@ -33,7 +33,11 @@ class Sizes:
 
     def text(self, size: Any) -> str:
         """A size in the signature's names."""
-        return str(size.node.expr.xreplace({k: sympy.Symbol(v) for k, v in self.names.items()})) if self.rows(size) else str(size)
+        return self.expression_text(size.node.expr) if self.rows(size) else str(size)
+
+    def expression_text(self, expression: sympy.Expr) -> str:
+        """An expression in the symbols, in the signature's names."""
+        return str(expression.xreplace({symbol: sympy.Symbol(name) for symbol, name in self.names.items()}))
 
 
 def mixes_tokens(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> str | None:
@@ -67,7 +71,9 @@ class Arguments:
 
 def is_row_selection(node: fx.Node) -> bool:
     """The one permitted choice among rows: those whose logits are wanted."""
-    return node.target is aten.index_select.default and node.args[2].op == "placeholder" and node.args[2].name == "wanted"
+    if node.target is not aten.index_select.default:
+        return False
+    return node.args[2].op == "placeholder" and node.args[2].name == "wanted"
 
 
 def name_of(node: fx.Node) -> str:
@@ -88,12 +94,12 @@ def along_dims(node: fx.Node, arguments: Arguments, sizes: Sizes) -> str | None:
     tensor = arguments.tensor
     if tensor is None or tensor.dim() == 0:
         return None
-    named = next((arguments.given[name] for name in ("dim", "dims") if name in arguments.given), "absent")
+    named: Any = next((arguments.given[name] for name in ("dim", "dims") if name in arguments.given), "absent")
     if node.target not in REDUCTIONS and named in ("absent", None):
         return None
-    every = named in ("absent", None) or named == []
-    dims = range(tensor.dim()) if every else named if isinstance(named, (list, tuple)) else [named]
-    return along(node, tensor, list(dims), sizes)
+    if named in ("absent", None) or named == []:
+        return along(node, tensor, range(tensor.dim()), sizes)
+    return along(node, tensor, named if isinstance(named, (list, tuple)) else [named], sizes)
 
 
 def no_rule(node: fx.Node, arguments: Arguments, sizes: Sizes) -> str | None:
@@ -190,7 +196,7 @@ def loses_rows(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> str |
     lost = found - rows_of(values[node], sizes)
     if not lost or not isinstance(values[node], (Tensor, tuple, list)):
         return None
-    return f"{name_of(node)} loses the dim of size {', '.join(sorted(sizes.text_of(symbol) for symbol in lost))}"
+    return f"{name_of(node)} loses the dim of size {', '.join(sorted(map(sizes.expression_text, lost)))}"
 
 
 def rows_of(value: Any, sizes: Sizes) -> set[sympy.Expr]:

@@ -1,7 +1,81 @@
-"""graft compiles LLM decoding: capture, transform, lower, run."""
+"""graft compiles LLM decoding: capture a Hugging Face model, transform it, lower it, run it."""
 
 from pkgutil import extend_path
 
 # In a checkout the folder graft/ holds the face alone and the four stages stand beside it; the installed package
 # holds them all. Extending the path lets `python -m graft` work from the checkout's root too.
 __path__ = extend_path(__path__, __name__)
+
+from graft.compiled import CompiledModel
+from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
+from graft.compiler.errors import (
+    CaptureError,
+    CheckError,
+    GenerationError,
+    GraftError,
+    LoweringError,
+    PassError,
+    PlanError,
+    StateError,
+)
+from graft.compiler.nodes import Value, new_node
+from graft.compiler.passing import Pass, View, approximate, exact, lossless
+from graft.compiler.plan import Plan, Tree
+from graft.compiling import compile  # noqa: A004
+from graft.passes.canonicalise import Canonicalise
+from graft.passes.common_subexpression import CommonSubexpression
+from graft.passes.dead_code import DeadCode
+from graft.passes.drop_block import DropBlock
+from graft.passes.kv_cache import KVCache
+from graft.passes.merge_linears import MergeLinears
+from graft.runtime.controllers import Adaptive, FixedBudget
+from graft.runtime.drafters.draft_model import DraftModel
+from graft.runtime.drafters.lookup import Lookup
+from graft.runtime.drafters.recycle import Recycle
+from graft.runtime.drafters.trie import Trie
+from graft.runtime.tree_policies import BestFirst, Chain, Fixed
+from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch
+
+__all__ = [
+    "Adaptive",
+    "BestFirst",
+    "Canonicalise",
+    "CaptureError",
+    "Chain",
+    "CheckError",
+    "CommonSubexpression",
+    "CompiledModel",
+    "Controller",
+    "DeadCode",
+    "DraftModel",
+    "Drafter",
+    "DropBlock",
+    "Fixed",
+    "FixedBudget",
+    "GenerationError",
+    "GraftError",
+    "GreedyWalk",
+    "KVCache",
+    "Leviathan",
+    "Lookup",
+    "LoweringError",
+    "MergeLinears",
+    "Pass",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "Recycle",
+    "SampleAndMatch",
+    "StateError",
+    "Tree",
+    "TreePolicy",
+    "Trie",
+    "Value",
+    "Verifier",
+    "View",
+    "approximate",
+    "compile",
+    "exact",
+    "lossless",
+    "new_node",
+]

@@ -39,6 +39,7 @@ class Canonicalise(Pass):
     """Bring every function of the side into canonical form."""
 
     contract: ClassVar[Contract] = exact
+    tidies: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset({"canonical", "cache-free"})
 
@@ -113,10 +114,6 @@ def reshape(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:
     return aten.reshape.default, node.args, {}
 
 
-def flatten(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:
-    return aten.reshape.default, (node.args[0], list(node.meta["val"].shape)), {}
-
-
 def cast(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:
     return aten._to_copy.default, (node.args[0],), {"dtype": node.meta["val"].dtype}
 
@@ -136,12 +133,18 @@ def addmm(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:
     return aten.linear.default, (x, transposed, bias), {}
 
 
+def polar(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:
+    make = lambda target, *args: new_node(node.graph, target, args, like=node)  # noqa: E731
+    parts = [make(aten.mul.Tensor, node.args[0], make(w.default, node.args[1])) for w in (aten.cos, aten.sin)]
+    return aten.view_as_complex.default, (make(aten.stack.default, parts, -1),), {}
+
+
 RESPELLED: dict[Any, Callable[[Function, fx.Node], tuple[Callable, tuple, dict]]] = {
     aten.view.default: reshape,
     aten._unsafe_view.default: reshape,
-    aten.flatten.using_ints: flatten,
     aten.type_as.default: cast,
     aten.to.dtype: cast,
     aten.square.default: square,
     aten.addmm.default: addmm,
+    aten.polar.default: polar,  # its fake kernel turns dynamic sizes into numbers
 }

@@ -22,6 +22,7 @@ class CommonSubexpression(Pass):
     """Every operator is a function of its operands alone, so equal calls have equal results."""
 
     contract: ClassVar[Contract] = exact
+    tidies: ClassVar[bool] = True
 
     def run(self, view: View) -> None:
         for function in view.functions:

@@ -21,6 +21,7 @@ class DeadCode(Pass):
     """Every operator is functional, so a call without users is dead; inputs stay, they are the signature."""
 
     contract: ClassVar[Contract] = exact
+    tidies: ClassVar[bool] = True
 
     def run(self, view: View) -> None:
         for function in view.functions:

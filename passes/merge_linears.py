@@ -26,6 +26,7 @@ class MergeLinears(Pass):
     """One read of x and one kernel in the place of several; no new parameter is made, nothing is held twice."""
 
     contract: ClassVar[Contract] = exact
+    tidies: ClassVar[bool] = True
 
     def run(self, view: View) -> None:
         for function in view.functions:

@@ -21,8 +21,10 @@ SAMPLING = "sampling"
 class Sampling:
     """How a request chooses tokens: logits processors, whether it samples, and its random numbers."""
 
-    def __init__(self, row: int, processors: LogitsProcessorList, sample: bool, seed: int) -> None:
-        self.row, self.processors, self.sample = row, processors, sample
+    def __init__(
+        self, row: int, prompt_length: int, processors: LogitsProcessorList, sample: bool, seed: int
+    ) -> None:
+        self.row, self.prompt_length, self.processors, self.sample = row, prompt_length, processors, sample
         self.uniforms: Uniforms = Streams(seed)
         self._ids = torch.zeros(1, 0, dtype=torch.int64)
         self._known = 0
@@ -63,19 +65,26 @@ class Sampling:
             one_hot = np.zeros(scores.shape[-1])
             one_hot[self.best(scores, position)] = 1.0
             return one_hot
-        distribution: np.ndarray = torch.softmax(scores[0].double(), -1).cpu().numpy()
-        self.check(float(distribution[0]), position)
+        row = scores[0].cpu().numpy()
+        # Top-k and top-p leave few tokens; exp over the others would be most of the time. NaN is not ruled out here.
+        kept = np.flatnonzero(row != -np.inf)
+        weights = row[kept].astype(np.float64)
+        peak = weights.max() if len(weights) else -math.inf
+        self.check(float(peak), position)
+        np.exp(weights - peak, out=weights)
+        distribution = np.zeros(len(row))
+        distribution[kept] = weights / weights.sum()
         return distribution
 
     def check(self, value: float, position: int) -> None:
-        """Raise GenerationError if the best logit, or any probability, says that there is no token to choose."""
-        if not math.isnan(value) and value != -math.inf:
+        """Raise GenerationError if the best logit says that there is no token to choose."""
+        if not math.isnan(value) and (value != math.inf or not self.sample) and value != -math.inf:
             return
         raise GenerationError(
             "the model returned no usable logits" if not self.processors else "no token can be chosen",
             expected="at least one finite logit, and none that is NaN",
-            found="NaN" if math.isnan(value) else "only -inf",
-            where=f"sequence {self.row}, position {position}",
+            found="NaN" if math.isnan(value) else "only -inf" if value < 0 else "+inf",
+            where=f"sequence {self.row}, new token {position - self.prompt_length + 1}, position {position}",
             remedy="look at the model's weights and dtype" + (", and the logits processors" if self.processors else ""),
         )
 

@@ -64,13 +64,14 @@ class Run:
         self.requests: list[Request] = []
         self.live: list[Request] = []
         self.spans: list[Span] = []
+        self.target_seconds = 0.0
         self.stats = Stats()
 
     def __enter__(self) -> Run:
         settings, positions = self.settings, self.decoder.max_positions
         try:
             for row, prompt in enumerate(settings.prompts):
-                sampling = Sampling(row, settings.processors[row], settings.sample, settings.seeds[row])
+                sampling = Sampling(row, len(prompt), settings.processors[row], settings.sample, settings.seeds[row])
                 context = Context(list(prompt), len(prompt), {SAMPLING: sampling})
                 limit = len(prompt) + settings.new_tokens
                 # The last token is never run, so a text may be one token longer than the positions.
@@ -166,7 +167,7 @@ def lay_out(run: Run, trees: dict[int, DraftTree] | None = None) -> Rows:
 
 def verify(run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None) -> list[Decision]:
     """Which drafted tokens stand and which token follows them, for every request in the call."""
-    run.stats.mark("model")
+    seconds = run.stats.mark("model")
     best = None
     top: np.ndarray | None = None
     if run.observes:
@@ -174,7 +175,7 @@ def verify(run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None) 
     logits = deciding_rows(run, logits).float()
     if run.plain:
         best = argmax_rows(logits)
-    run.stats.mark("model")
+    run.target_seconds = seconds + run.stats.mark("model")
     decisions = []
     place = 0
     for span in run.spans:
@@ -236,9 +237,9 @@ def commit(run: Run, decisions: list[Decision]) -> None:
             run.stats.mark("draft")
     if any(decision.span.request.finished for decision in decisions):
         run.live = [request for request in run.live if not request.finished]
-    seconds = run.stats.end_step()
+    run.stats.end_step()
     if run.observe_step is not None and not run.stats.prefilling:
-        run.observe_step(sum(span.rows for span in run.spans), seconds)
+        run.observe_step(sum(span.rows for span in run.spans), run.target_seconds)
 
 
 def begin(run: Run, drafting: Drafting, request: Request) -> None:

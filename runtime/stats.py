@@ -20,25 +20,26 @@ class Stats:
         self.prefilling = False
         self.steps = 0
         self.decode_tokens = 0
-        self.started = self.latest = self.step_started = time.perf_counter()
+        self.latest = time.perf_counter()
 
     def start_step(self, prefilling: bool) -> None:
         """A step begins; what is marked until the next one counts for prompts, or for decoding."""
         self.prefilling = prefilling
-        self.latest = self.step_started = time.perf_counter()
+        self.latest = time.perf_counter()
 
-    def mark(self, phase: str) -> None:
-        """The time since the last mark was spent on `phase`."""
+    def mark(self, phase: str) -> float:
+        """The time since the last mark was spent on `phase`; how many seconds that is."""
         now = time.perf_counter()
-        self.seconds[self.prefilling][phase] += now - self.latest
+        spent = now - self.latest
+        self.seconds[self.prefilling][phase] += spent
         self.latest = now
+        return spent
 
-    def end_step(self) -> float:
-        """The step is over; its seconds."""
+    def end_step(self) -> None:
+        """The step is over."""
         self.mark("overhead")
         if not self.prefilling:
             self.steps += 1
-        return self.latest - self.step_started
 
     def summary(self, requests: Sequence[Request]) -> dict[str, Any]:
         """What `CompiledModel.stats` shows.

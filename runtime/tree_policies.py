@@ -156,12 +156,15 @@ class BestFirst(TreePolicy):
                         reach[node] = reach[parent] * probability
                         fresh.append(node)
             # A node that is not among the best now cannot have descendants in the final tree.
-            best = set(_best(reach, budget))
+            best = set(best_nodes(reach, budget))
             frontier = sorted(best.intersection(fresh), key=lambda node: (-reach[node], node))[: self.width]
-        return tree.select(_best(reach, budget))
+        return tree.select(best_nodes(reach, budget))
 
 
-def _best(reach: dict[int, float], budget: int) -> list[int]:
-    """The `budget` nodes of highest reach, in tree order. A child is never above its parent, so none lacks its own."""
+def best_nodes(reach: dict[int, float], budget: int) -> list[int]:
+    """The `budget` nodes of highest reach, in tree order; `reach[node]` estimates that a node is reached and accepted.
+
+    A child is never above its parent, so no node lacks its own.
+    """
     nodes = sorted((node for node in reach if node != ROOT), key=lambda node: (-reach[node], node))
     return sorted(nodes[:budget])

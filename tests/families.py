@@ -67,6 +67,11 @@ MIXED: dict[str, Any] = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+GEMMA4: dict[str, Any] = {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 0,
+    "global_head_dim": 32,
+}
 GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -95,7 +100,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": HEAD | MIXED | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": HEAD | MIXED,
     "gemma3n_text": HEAD | MIXED | {"vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
-    "gemma4_text": HEAD | MIXED | {"vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
+    "gemma4_text": HEAD | MIXED | GEMMA4 | {"hidden_size_per_layer_input": 0},
+    "gemma4_text_per_layer": HEAD | MIXED | GEMMA4 | {"model_type": "gemma4_text", "hidden_size_per_layer_input": 16},
     "glm": HEAD,
     "glm4": HEAD,
     "glm4_moe": HEAD | GROUPED_EXPERTS,
@@ -168,6 +174,7 @@ WITHOUT_ROPE = frozenset(
 
 RESTRICTED: dict[str, tuple[str, ...]] = {
     "gemma4_text": (),
+    "gemma4_text_per_layer": (),
     "persimmon": ROPE_TYPES[:-1],
     "phi": ROPE_TYPES[:-1],
     "phi3": ("default", "longrope"),
@@ -180,7 +187,8 @@ RESTRICTED: dict[str, tuple[str, ...]] = {
 ROPE_VARIANTS: dict[str, tuple[str, ...]] = {
     name: RESTRICTED.get(name, ROPE_TYPES) for name in FAMILIES if name not in WITHOUT_ROPE
 }
-"""Family -> the rope types that its configuration and its code accept; families without a rotary embedding are absent."""
+"""Family -> the rope types that its configuration and its code accept; families without a rotary embedding are absent.
+Where there is nothing to choose the tuple is empty."""
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -243,4 +251,4 @@ def randomise(model: nn.Module) -> None:
             if tensor.dim() < 2:
                 tensor.add_(0.1 * noise)
             else:
-                tensor.copy_(0.15 * noise)
+                tensor.copy_(0.125 * noise)

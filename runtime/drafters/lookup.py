@@ -85,7 +85,8 @@ class LookupTable(Table[tuple[int, ...]]):
         self._learn(context.tokens)
 
     def _learn(self, tokens: list[int]) -> None:
-        longest, shortest, keep, followers = self.spec.longest, self.spec.shortest, self.spec.occurrences, self.followers
+        longest, shortest, keep = self.spec.longest, self.spec.shortest, self.spec.occurrences
+        followers = self.followers
         for place in range(max(self.learnt, 1), len(tokens)):
             token = tokens[place]
             gram = tuple(tokens[max(place - longest, 0) : place])

@@ -1,15 +1,17 @@
 """What drafters without a model share: tables that name possible next tokens, and how far to trust each of them.
 
-A table does not give probabilities. It sorts its candidates into a few classes of evidence ("continues a match of three
-tokens", "rank 0 of the recycled row"), and `Trust` learns per request how often each class came true. That makes the
-estimates of different tables comparable, which is what a tree from several of them needs.
+A table does not give probabilities. It sorts its candidates into a few classes of evidence ("rank 1 after a match of
+three tokens", "rank 0 of the recycled row"). `Trust` learns per request how often each class came true, by itself and
+in company with the classes of other tables, which makes their estimates comparable: what a tree from several of them
+needs.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -46,37 +48,59 @@ class Table(Protocol[State]):
         ...
 
 
-@dataclass
-class Trust:
-    """How often the candidates of each class were right, as a posterior mean of Beta-distributed rates.
+class Trust(dict[int, float]):
+    """Cell -> how often its candidates are right: the posterior mean of a Beta-distributed rate.
 
-    `right` and `seen` start as the prior, worth `WEIGHT` trials, and are halved when `seen` passes `MEMORY`, so that
-    the estimate follows the text and the state is bounded.
+    A cell is a combination of classes, one or none from each table, as a number in mixed radix; see `Tables.cells`.
+    The prior of a cell is worth `WEIGHT` trials, and its counts are halved beyond `MEMORY` trials, so that the
+    estimate follows the text. There are no more cells than combinations.
     """
-
-    right: list[float]
-    seen: list[float]
-    rates: list[float]
 
     WEIGHT = 12.0
     MEMORY = 128.0
+    AGREED = 1.5
+    """On ordinary text the odds of a token rise by about this where a second table names it too,"""
+    ALONE = 0.3
+    """and fall to about this where it does not."""
 
-    @classmethod
-    def of(cls, priors: Sequence[float]) -> Trust:
-        """Trust that has seen nothing but the priors."""
-        return cls([cls.WEIGHT * prior for prior in priors], [cls.WEIGHT] * len(priors), list(priors))
+    def __init__(self, priors: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        self.priors = priors
+        self.right: dict[int, float] = {}
+        self.seen: dict[int, float] = {}
 
-    def learn(self, evidence: Evidence, token: int) -> None:
-        """The target's token was `token` where the table had named `evidence`."""
-        right, seen, rates = self.right, self.seen, self.rates
-        for candidate, kind in evidence:
-            if candidate == token:
-                right[kind] += 1.0
-            seen[kind] += 1.0
-            if seen[kind] > self.MEMORY:
-                seen[kind] *= 0.5
-                right[kind] *= 0.5
-            rates[kind] = right[kind] / seen[kind]
+    def __missing__(self, cell: int) -> float:
+        odds, named, rest = 0.0, 0, cell
+        for rates in self.priors:
+            rest, kind = divmod(rest, len(rates) + 1)
+            if kind:
+                named += 1
+                odds = max(odds, rates[kind - 1] / (1.0 - rates[kind - 1]))
+        if len(self.priors) > 1:
+            odds *= self.AGREED if named > 1 else self.ALONE
+        rate = self[cell] = odds / (1.0 + odds)
+        self.right[cell], self.seen[cell] = self.WEIGHT * rate, self.WEIGHT
+        return rate
+
+    def learn(self, cells: Iterable[int], true: int | None) -> None:
+        """The target was asked where the tables had named tokens with these cells, and chose the one with `true`."""
+        right, seen = self.right, self.seen
+        for cell in cells:
+            if cell not in seen:
+                self.__missing__(cell)
+            trials = seen[cell] + 1.0
+            if trials > self.MEMORY:
+                trials *= 0.5
+                right[cell] *= 0.5
+            seen[cell] = trials
+            self[cell] = right[cell] / trials
+        if true is not None:
+            right[true] += 1.0
+            self[true] = right[true] / seen[true]
+
+
+CERTAIN = 0.98
+"""The most that the candidates of one place may add up to."""
 
 
 class Tables(Generic[State]):
@@ -84,44 +108,44 @@ class Tables(Generic[State]):
 
     def __init__(self, tables: Sequence[Table[State]], context: Context) -> None:
         self.tables = tables
-        self.trust = [Trust.of(table.priors) for table in tables]
+        self.trust = Trust([table.priors for table in tables])
         self.root = [table.start(context) for table in tables]
+        self.radix = [1]
+        for table in tables[:-1]:
+            self.radix.append(self.radix[-1] * (len(table.priors) + 1))
 
     def step(self, states: list[State], token: int) -> list[State]:
         """The states one token on."""
         return [table.step(state, token) for table, state in zip(self.tables, states, strict=True)]
 
-    def candidates(self, states: list[State]) -> Candidates:
-        """All tables' candidates with their estimates, best first; noisy-or where several name the same token."""
-        misses: dict[int, float] = {}
-        for table, trust, state in zip(self.tables, self.trust, states, strict=True):
-            rates = trust.rates
+    def cells(self, states: list[State]) -> dict[int, int]:
+        """Token -> its cell: over the tables that name it, the sum of (class + 1) times the table's radix."""
+        found: dict[int, int] = {}
+        for table, radix, state in zip(self.tables, self.radix, states, strict=True):
             for token, kind in table.candidates(state):
-                misses[token] = misses.get(token, 1.0) * (1.0 - rates[kind])
-        found = sorted(misses.items(), key=_second)
-        total = sum(1.0 - miss for _, miss in found)
-        scale = min(1.0, CERTAIN / total) if total else 1.0
-        return [(token, (1.0 - miss) * scale) for token, miss in found]
+                found[token] = found.get(token, 0) + (kind + 1) * radix
+        return found
+
+    def candidates(self, states: list[State]) -> Candidates:
+        """All tables' candidates with their estimates, best first."""
+        trust = self.trust
+        found = [(token, trust[cell]) for token, cell in self.cells(states).items()]
+        found.sort(key=itemgetter(1), reverse=True)
+        total = sum(rate for _, rate in found)
+        if total > CERTAIN:
+            found = [(token, rate * CERTAIN / total) for token, rate in found]
+        return found
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """Compare what the tables said along the decided path with what the target said, then let them learn it."""
-        states = self.root
-        tokens = outcome.tree.tokens
+        states, tokens = self.root, outcome.tree.tokens
         for token in [*(tokens[node] for node in outcome.path), outcome.next_token]:
-            for table, trust, state in zip(self.tables, self.trust, states, strict=True):
-                trust.learn(table.candidates(state), token)
+            cells = self.cells(states)
+            self.trust.learn(cells.values(), cells.get(token))
             states = self.step(states, token)
         for table in self.tables:
             table.observe(context, outcome)
         self.root = states
-
-
-CERTAIN = 0.98
-"""The most that the candidates of one place may add up to."""
-
-
-def _second(pair: tuple[int, float]) -> float:
-    return pair[1]
 
 
 @dataclass(frozen=True)

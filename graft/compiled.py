@@ -1,0 +1,50 @@
+"""What compile() returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from graft.compiler.plan import Plan
+from graft.compiler.program import Program
+from graft.report import render_report
+from graft.runtime.decoder import Decoder
+from graft.runtime.generate import Generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+class CompiledModel:
+    """A compiled model: generate(), and everything there is to look at."""
+
+    def __init__(self, program: Program, plan: Plan, generator: Generator) -> None:
+        self.program, self.plan, self.generator = program, plan, generator
+
+    def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        """As transformers' generate(): input_ids int64 [batch, length] and attention_mask, a GenerationConfig, its
+        options as keywords, logits processors, stopping criteria, a streamer; and `seed`, an int or one for each
+        sequence. Returns int64 [batch, length + new tokens], or a GenerateDecoderOnlyOutput.
+
+        Raises GenerationError, naming the option, for what is not supported (docs/limits.md).
+        """
+        return self.generator.generate(inputs, **arguments)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The target with its KV cache; what `DraftModel` drafts with."""
+        return self.generator.decoder
+
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """Figures of the last generate(): tokens, steps, tokens per step, seconds by phase."""
+        return self.generator.stats
+
+    def report(self) -> str:
+        """Every pass with its contract, matches, cost and check, and the figures of the last generate()."""
+        return render_report(self.program.records, self.stats, function=self.program["forward"])
+
+    def __repr__(self) -> str:
+        function = self.program["forward"]
+        return f"CompiledModel({self.program.node_count} nodes, states {list(function.states)}, plan {self.plan.spec()!r})"

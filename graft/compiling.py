@@ -1,0 +1,90 @@
+"""compile(): from a model and a plan to something that generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from graft.codegen.lowering import lower
+from graft.compiled import CompiledModel
+from graft.compiler.capture import capture, check_model
+from graft.compiler.host import plain_host, speculative_host
+from graft.compiler.passing import Pass
+from graft.compiler.pipeline import run_passes
+from graft.compiler.plan import Plan
+from graft.compiler.program import DENSE, Function, Program
+from graft.passes.canonicalise import Canonicalise
+from graft.passes.common_subexpression import CommonSubexpression
+from graft.passes.dead_code import DeadCode
+from graft.passes.kv_cache import KVCache
+from graft.passes.merge_linears import MergeLinears
+from graft.runtime.controllers import Adaptive
+from graft.runtime.decoder import Decoder
+from graft.runtime.drafters.merge import Merge
+from graft.runtime.generate import Generator
+from graft.runtime.settings import ModelFace
+from graft.runtime.tree_policies import BestFirst
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str], None]
+"""Called with what is being done from now on."""
+
+
+def compile(model: PreTrainedModel, plan: Plan | None = None, *, progress: Progress | None = None) -> CompiledModel:  # noqa: A001
+    """Compile a causal language model of transformers for decoding.
+
+    `model` is in eval mode, in any floating dtype, on any device, and is left as it was; its parameters are shared, not
+    copied. Without a plan, plain decoding. Raises PlanError before anything runs if the plan's parts do not go
+    together, CaptureError if the model cannot be captured, PassError or CheckError if a pass fails.
+    """
+    plan = plan or Plan()
+    plan.check()
+    check_model(model)
+    face = ModelFace.of(model)
+    say = progress or (lambda _: None)
+    say(f"capturing {type(model).__name__}")
+    captured = capture(model)
+    program = Program({"forward": Function("forward", captured.graph, captured.weights, DENSE)})
+    program.host = speculative_host() if plan.draft else plain_host()
+    run_passes(program, pipeline(plan), sample=plan.sample, progress=lambda name, *_: say(f"running pass {name}"))
+    say("lowering")
+    decoder = decoder_of(program["forward"], model)
+    generator = Generator(
+        decoder,
+        face,
+        program.host,
+        drafter=merged(plan),
+        policy=plan.tree.policy or BestFirst(),
+        controller=plan.controller or Adaptive(),
+        verifier=plan.verifier,
+        nodes=plan.tree.nodes + 1,
+    )
+    return CompiledModel(program, plan, generator)
+
+
+def pipeline(plan: Plan) -> list[Pass]:
+    """The passes of a plan, in the order they are asked for; declared facts may move the user's own."""
+    return [
+        Canonicalise(),
+        *plan.target,
+        DeadCode(),
+        CommonSubexpression(),
+        KVCache(),
+        MergeLinears(),
+        DeadCode(),
+    ]
+
+
+def merged(plan: Plan) -> Merge | None:
+    """The plan's drafters as one, or None."""
+    return Merge(plan.draft) if plan.draft else None
+
+
+def decoder_of(function: Function, model: PreTrainedModel) -> Decoder:
+    """The lowered function with a KV store."""
+    config = model.config.get_text_config()
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    positions = getattr(config, "max_position_embeddings", None)
+    return Decoder(function, lower(function), vocabulary, positions)

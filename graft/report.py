@@ -1,0 +1,147 @@
+"""What compiling and generating came to, as text: passes, predicted cost of a step, and what generate() measured."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from graft.compiler.cost import Workload, function_cost
+from graft.compiler.notation import bytes_text, count_text
+from graft.compiler.program import Function, PassRecord
+
+WIDTH = 120
+ROWS = (1, 8, 16, 64)
+"""Rows of the steps whose cost is predicted."""
+CONTEXT = 1024
+"""Tokens of context at which it is."""
+
+
+def render_report(
+    records: Sequence[PassRecord],
+    stats: Mapping[str, Any] | None = None,
+    *,
+    function: Function | None = None,
+    width: int = WIDTH,
+) -> str:
+    """The report as plain text of at most `width` columns.
+
+    `records` are the program's; `function` is the one whose steps are priced. `stats` is what CompiledModel.stats
+    holds: numbers by name, seconds under names that end in "_seconds", and under "drafters" numbers by name for each
+    drafter. A list is one value for each request and is left out.
+    """
+    tables = [passes_table(records)] if records else []
+    if function is not None:
+        tables.append(cost_table(function))
+    if stats:
+        tables.append(stats_table(stats))
+        if stats.get("drafters"):
+            tables.append(drafters_table(stats["drafters"]))
+    console = Console(file=io.StringIO(), width=width, color_system=None, emoji=False, markup=False)
+    for table in tables:
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+
+def new_table(title: str, columns: Iterable[str], numbers: Iterable[str] = ()) -> Table:
+    """A table with its title at the left; columns of numbers are aligned at the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="")
+    right = set(numbers)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def passes_table(records: Sequence[PassRecord]) -> Table:
+    """What each pass did; a pass's notes stand below it."""
+    numbers = ("matches", "nodes", "parameters", "ms")
+    table = new_table("Passes", ("pass", "contract", *numbers, "check"), numbers)
+    for record in records:
+        table.add_row(
+            record.name,
+            record.contract,
+            str(record.matches),
+            change(str(record.nodes_before), str(record.nodes_after)),
+            change(bytes_text(record.bytes_before), bytes_text(record.bytes_after)),
+            f"{record.seconds * 1000:.0f}",
+            "\n".join([record.check, *record.notes]).strip(),
+        )
+    total = sum(record.seconds for record in records)
+    table.add_section()
+    first, last = records[0], records[-1]
+    nodes = change(str(first.nodes_before), str(last.nodes_after))
+    size = change(bytes_text(first.bytes_before), bytes_text(last.bytes_after))
+    table.add_row("all", "", "", nodes, size, f"{total * 1000:.0f}", "")
+    return table
+
+
+def change(before: str, after: str) -> str:
+    """`before -> after`, or one of them where they are the same."""
+    return after if before == after else f"{before} -> {after}"
+
+
+def cost_table(function: Function) -> Table:
+    """Predicted cost of one call of the function, by rows."""
+    cost = function_cost(function)
+    numbers = ("rows", "FLOPs", "weights", "KV", "unfused activations", "FLOPs per byte")
+    title = f"One call of {function.name}, predicted at {CONTEXT} tokens of context"
+    table = new_table(title, numbers, numbers)
+    for rows in ROWS:
+        work = cost.at(Workload(rows=rows, wanted=rows, context=CONTEXT, length=rows))
+        necessary = work.weights + work.kv
+        table.add_row(
+            str(rows),
+            count_text(work.flops),
+            bytes_text(work.weights),
+            bytes_text(work.kv),
+            bytes_text(work.activations),
+            f"{work.flops / necessary:.1f}" if necessary else "",
+        )
+    return table
+
+
+def stats_table(stats: Mapping[str, Any]) -> Table:
+    """What generate() measured last: first what is derived, then the numbers as they are."""
+    table = new_table("Generation, the latest call", ("", "value"), ("value",))
+    for name, value in {**derived(stats), **stats}.items():
+        if isinstance(value, (int, float, str)):
+            table.add_row(name.removesuffix("_seconds").replace("_", " "), value_text(name, value))
+    return table
+
+
+def derived(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Rates that the measured numbers give."""
+    found: dict[str, Any] = {}
+    tokens, seconds = stats.get("new_tokens"), stats.get("decode_seconds")
+    if tokens and seconds and "tokens_per_second" not in stats:
+        found["tokens_per_second"] = tokens / seconds
+    if stats.get("drafted") and "acceptance" not in stats:
+        found["acceptance"] = stats.get("accepted", 0) / stats["drafted"]
+    return found
+
+
+def value_text(name: str, value: float | str) -> str:
+    """A number with its unit."""
+    if isinstance(value, (bool, str)):
+        return str(value)
+    if name.endswith("_seconds"):
+        return f"{value:.3f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+    if name.endswith("_bytes"):
+        return bytes_text(value)
+    if name == "acceptance" or name.endswith("_rate"):
+        return f"{value:.1%}"
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def drafters_table(drafters: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What each drafter contributed."""
+    columns = list(dict.fromkeys(name for numbers in drafters.values() for name in numbers))
+    table = new_table("Drafters", ("drafter", *(name.replace("_", " ") for name in columns)))
+    for drafter, numbers in drafters.items():
+        table.add_row(drafter, *(value_text(name, numbers[name]) if name in numbers else "" for name in columns))
+    return table

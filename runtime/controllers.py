@@ -1,0 +1,173 @@
+"""How many nodes to draft: a fixed number, or as many as pay on this machine for this text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from graft.compiler.drafting import ROOT, Context, Control, Controller, DraftTree, Outcome
+from graft.compiler.errors import PlanError
+
+
+@dataclass(frozen=True)
+class FixedBudget(Controller):
+    """The same number of nodes in every step."""
+
+    nodes: int | None = None
+    """None: as many as the plan's tree has."""
+
+    def __post_init__(self) -> None:
+        if self.nodes is not None and self.nodes < 0:
+            raise PlanError(
+                "The budget is negative.", expected="0 or more nodes", found=self.nodes, where="FixedBudget.nodes"
+            )
+
+    def open(self, max_nodes: int, step_seconds: Callable[[int], float]) -> Control:
+        """See `Controller.open`."""
+        return _Constant(max_nodes if self.nodes is None else min(self.nodes, max_nodes))
+
+
+@dataclass(frozen=True)
+class _Constant:
+    nodes: int
+
+    def budget(self, context: Context) -> int:
+        return self.nodes
+
+    def observe(self, context: Context, outcome: Outcome) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Adaptive(Controller):
+    """The budget that gives the most tokens per second, for each request by itself.
+
+    Goodput as in SmartSpec (2406.14066), for trees: with nodes in the order in which a smaller budget would keep them,
+    let a[r] be how often the node of rank r was accepted and d[r] how often there was one. Then n nodes give
+    1 + a[0] + ... + a[n-1] tokens for step_seconds(1 + d[0] + ... + d[n-1]), and the best n in 0..max_nodes is taken;
+    0 switches drafting off.
+
+    Ranks beyond the budget are not observed. So every `explore` steps a larger tree is tried, all of it where drafting
+    pays and `probe` nodes where it is off; each time nothing comes of it, the wait doubles, up to 16 times `explore`.
+    """
+
+    memory: int = 32
+    """Over about how many steps the rates are averaged."""
+    explore: int = 16
+    probe: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.memory, self.explore, self.probe) < 1:
+            raise PlanError(
+                "The options of the adaptive controller are out of range.",
+                expected="memory, explore and probe of 1 or more",
+                found=self,
+                where="Adaptive",
+            )
+
+    def open(self, max_nodes: int, step_seconds: Callable[[int], float]) -> Control:
+        """See `Controller.open`."""
+        return AdaptiveControl(self, max_nodes, step_seconds)
+
+
+@dataclass
+class Rates:
+    """What a request has shown, by rank: how often a node was accepted, how often there was one, in how many steps."""
+
+    accepted: list[float]
+    drafted: list[float]
+    steps: list[int]
+    best: int
+    age: int = 0
+    """Steps since `best` was computed."""
+    waited: int = 0
+    """Steps since a larger tree was tried, if `best` is not the largest."""
+    wait: int = 0
+
+
+@dataclass
+class AdaptiveControl:
+    """The `Control` of `Adaptive`. A request's state has a fixed size and lies in its context."""
+
+    spec: Adaptive
+    max_nodes: int
+    step_seconds: Callable[[int], float]
+    key: str = field(default="adaptive controller", init=False)
+
+    RENEWED = 4
+    """Steps for which a decision holds: deciding costs as much as drafting a node or two."""
+    OPTIMISM = 0.5
+    """The first rank's rate before anything was seen; the others' falls as 1 / (rank + 1)."""
+
+    def budget(self, context: Context) -> int:
+        """See `Control.budget`."""
+        if self.max_nodes <= 0:
+            return 0
+        rates = self._rates(context)
+        if rates.age >= self.RENEWED:
+            before, rates.best, rates.age = rates.best, self.best(rates), 0
+            if rates.best > before:
+                rates.wait = self.spec.explore
+        if rates.best < self.max_nodes and rates.waited >= rates.wait:
+            return self.max_nodes if rates.best else min(self.spec.probe, self.max_nodes)
+        return rates.best
+
+    def best(self, rates: Rates) -> int:
+        """argmax over n of (1 + expected accepted) / (seconds of the expected rows); the smallest one of equals."""
+        tokens, rows, chosen, most = 1.0, 1.0, 0, 1.0 / self._seconds(1.0)
+        for rank in range(self.max_nodes):
+            tokens += rates.accepted[rank]
+            rows += rates.drafted[rank]
+            goodput = tokens / self._seconds(rows)
+            if goodput > most:
+                chosen, most = rank + 1, goodput
+        return chosen
+
+    def observe(self, context: Context, outcome: Outcome) -> None:
+        """See `Control.observe`. `outcome.tree` may be smaller than the budget, not larger."""
+        if self.max_nodes <= 0:
+            return
+        rates = self._rates(context)
+        rates.age += 1
+        offered = min(len(outcome.tree), self.max_nodes)
+        tried = max(offered, rates.best)
+        if rates.best < self.max_nodes:
+            rates.waited += 1
+            if offered > rates.best or rates.waited > rates.wait:
+                rates.waited, rates.age = 0, self.RENEWED
+                rates.wait = min(2 * rates.wait, 16 * self.spec.explore)
+                tried = self.max_nodes if rates.best else min(self.spec.probe, self.max_nodes)
+        hits = set(outcome.path)
+        order = by_reach(outcome.tree)
+        for rank in range(tried):
+            steps = rates.steps[rank] = min(rates.steps[rank] + 1, self.spec.memory)
+            there = rank < offered
+            rates.drafted[rank] += (there - rates.drafted[rank]) / steps
+            rates.accepted[rank] += ((there and order[rank] in hits) - rates.accepted[rank]) / steps
+
+    def _seconds(self, rows: float) -> float:
+        whole = int(rows)
+        share = rows - whole
+        low = self.step_seconds(whole)
+        return low if share == 0.0 else low + share * (self.step_seconds(whole + 1) - low)
+
+    def _rates(self, context: Context) -> Rates:
+        rates = context.data.get(self.key)
+        if rates is None:
+            hoped = [self.OPTIMISM / (rank + 1) for rank in range(self.max_nodes)]
+            # The priors weigh as much as a few steps, so that one unlucky step does not switch drafting off.
+            rates = Rates(hoped, [1.0] * self.max_nodes, [4] * self.max_nodes, self.max_nodes, wait=self.spec.explore)
+            context.data[self.key] = rates
+        assert isinstance(rates, Rates)
+        return rates
+
+
+def by_reach(tree: DraftTree) -> list[int]:
+    """Node indices by falling estimate of being reached, parents first: the order in which a smaller budget keeps them.
+
+    What best-first grew node by node is in that order already.
+    """
+    reach = {ROOT: 1.0}
+    for node, (parent, probability) in enumerate(zip(tree.parents, tree.probabilities, strict=True)):
+        reach[node] = reach[parent] * probability
+    return sorted(range(len(tree)), key=lambda node: -reach[node])

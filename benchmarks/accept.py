@@ -76,8 +76,10 @@ def run(
         for p in prompts
     ]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    fast.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return [(request["ids"], request["steps"], request["drafted"]) for request in fast.stats["requests"]]
+    width = inputs["input_ids"].shape[1]
+    out = fast.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[:, width:].tolist()
+    columns = (fast.stats[f"{name}_per_request"] for name in ("new_tokens", "steps", "drafted"))
+    return [(ids[:count], steps, drafted) for ids, count, steps, drafted in zip(out, *columns, strict=True)]
 
 
 def summary(prompts: list[Prompt], runs: list[tuple[list[int], int, int]]) -> dict[str, dict[str, float]]:

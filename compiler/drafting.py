@@ -120,6 +120,7 @@ class Drafting(Protocol):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """One tree for each context, with at most that many nodes; an empty tree where nothing is worth drafting."""
+        ...
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """The step is decided and `context.tokens` already ends with `outcome.next_token`.
@@ -190,9 +191,11 @@ class Rows(Protocol):
 
     def argmax(self, row: int) -> int:
         """The best token after the logits processors; ties go to the lowest id."""
+        ...
 
     def distribution(self, row: int) -> np.ndarray:
         """float64 [vocabulary], sums to 1: softmax of the processed logits."""
+        ...
 
 
 class Uniforms(Protocol):
@@ -200,6 +203,7 @@ class Uniforms(Protocol):
 
     def uniform(self, stream: str, counter: int) -> float:
         """A float64 in [0, 1)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,7 @@ class Control(Protocol):
 
     def budget(self, context: Context) -> int:
         """How many nodes to draft for this request in the coming step; 0 for none."""
+        ...
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """Learn from a decided step."""

@@ -214,8 +214,9 @@ def rank_of(node: Any) -> int | None:
 
 def write_slice(node: fx.Node, write: Callable[[Any], str]) -> str:
     """`x[..., 0:64]`."""
-    given: tuple[Any, ...] = node.args
-    source, dim, start, end, step = (*given, *(None, 0, None, None, 1)[len(given) :])
+    given = dict(zip(("source", "dim", "start", "end", "step"), node.args, strict=False))
+    source, dim = given["source"], given.get("dim", 0)
+    start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
     text = f"{'' if start in (None, 0) else write(start)}:{'' if end in (None, OPEN_END) else write(end)}"
     text += f":{write(step)}" if step != 1 else ""
     return write(source) + subscript(dim, text, rank_of(source))

@@ -121,12 +121,10 @@ def linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor], ranges: 
     x [..., in]; weights[i] [out_i, in]; biases is empty or one [out_i] for each; ranges holds start and end row of
     each weight, flat. Returns [..., sum of the range lengths], the ranges' outputs side by side.
     """
-    outs = [
-        torch.nn.functional.linear(
-            x, weight[ranges[2 * i] : ranges[2 * i + 1]], biases[i][ranges[2 * i] : ranges[2 * i + 1]] if biases else None
-        )
-        for i, weight in enumerate(weights)
-    ]
+    outs = []
+    for index, weight in enumerate(weights):
+        rows = slice(ranges[2 * index], ranges[2 * index + 1])
+        outs.append(torch.nn.functional.linear(x, weight[rows], biases[index][rows] if biases else None))
     return torch.cat(outs, dim=-1)
 
 

@@ -7,6 +7,7 @@ when a plan asks for their name.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -15,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,11 @@ def find(base: type, name: str) -> type:
 
     Raises PlanError naming the nearest right name where there is none, and both owners where two classes claim it.
     """
-    for entry in entry_points(group=ENTRY_POINTS, name=name):
+    for entry in offered(tuple(sys.path)).select(name=name):
         load_entry(entry)
-    owners = named(base, name)
-    if len(owners) > 1:
+    if len(named(base, name)) > 1:
         gc.collect()  # a class is garbage only once its cycles are collected; what nobody can use makes no clash
-        owners = named(base, name)
+    owners = named(base, name)
     if len(owners) > 1:
         raise PlanError(
             f"two {kind_name(base)} classes claim the name {name!r}",
@@ -62,15 +62,17 @@ def find(base: type, name: str) -> type:
 def components(base: type) -> Iterator[type]:
     """Every concrete component of that kind that exists now. Of a class defined again under its old module and
     qualified name, as in a notebook, the newest counts."""
-    newest: dict[tuple[str, str], type] = {
-        (cls.__module__, cls.__qualname__): cls for cls in subclasses(base) if not inspect.isabstract(cls)
-    }
+    newest: dict[tuple[str, str], type] = {}
+    for cls in subclasses(base):
+        if not inspect.isabstract(cls):
+            newest[cls.__module__, cls.__qualname__] = cls
     yield from newest.values()
 
 
 def subclasses(base: type) -> Iterator[type]:
     """All subclasses, at any depth, older before newer among those of one class."""
-    for cls in base.__subclasses__():
+    found: list[type] = type.__subclasses__(base)
+    for cls in found:
         yield cls
         yield from subclasses(cls)
 
@@ -83,7 +85,13 @@ def named(base: type, name: str) -> list[type]:
 def names(base: type) -> list[str]:
     """What can be asked for by name, sorted; entry points are listed but not loaded."""
     found = {spec_name(cls.__name__) for cls in components(base)}
-    return sorted(found | {entry.name for entry in entry_points(group=ENTRY_POINTS)})
+    return sorted(found | offered(tuple(sys.path)).names)
+
+
+@functools.lru_cache(maxsize=4)
+def offered(path: tuple[str, ...]) -> EntryPoints:
+    """The entry points of the packages on this path (sys.path, which it must be); looking through them takes a while."""
+    return entry_points(group=ENTRY_POINTS)
 
 
 def unknown_name(base: type, name: str) -> PlanError:

@@ -29,13 +29,16 @@ def per_token_rope(model: nn.Module) -> Iterator[None]:
         unknown = [kind for kind in rope_kinds(module) if "dynamic" in kind and kind not in GROWING]
         if unknown:
             raise CaptureError("a rope that grows with the sequence has no per-token form", found=unknown, where=path)
+    own = [(module, module.__dict__.get("forward")) for _, module in swapped]
     for path, module in swapped:
         module.forward = partial(rope_forward, module, path)
     try:
         yield
     finally:
-        for _, module in swapped:
+        for module, forward in own:
             del module.forward
+            if forward is not None:  # hooks of other libraries put it there
+                module.forward = forward
 
 
 def rope_kinds(module: nn.Module) -> list[str]:

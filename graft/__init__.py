@@ -20,8 +20,9 @@ from graft.compiler.errors import (
 )
 from graft.compiler.nodes import Value, new_node
 from graft.compiler.passing import Pass, View, approximate, exact, lossless
+from graft.compiler.pipeline import PassWarning
 from graft.compiler.plan import Plan, Tree
-from graft.compiling import compile  # noqa: A004
+from graft.compiling import compile
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
 from graft.passes.dead_code import DeadCode
@@ -62,6 +63,7 @@ __all__ = [
     "MergeLinears",
     "Pass",
     "PassError",
+    "PassWarning",
     "Plan",
     "PlanError",
     "Recycle",

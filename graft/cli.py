@@ -180,6 +180,8 @@ def compile_model(arguments: argparse.Namespace, progress: Progress) -> Any:
 
     plan = read_plan(arguments)
     progress(f"loading {arguments.model}")
+    if not Path(arguments.model).is_dir():
+        progress.clear()  # a download shows bars of its own
     model = load("AutoModelForCausalLM", arguments, dtype=arguments.dtype).eval()
     return compile_(model, plan, progress=progress)
 
@@ -204,6 +206,9 @@ def load(kind: str, arguments: argparse.Namespace, **options: Any) -> Any:
 
     if arguments.gguf:
         options["gguf_file"] = arguments.gguf
+    logging = transformers.utils.logging
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would write over ours
     try:
         return getattr(transformers, kind).from_pretrained(arguments.model, **options)
     except (OSError, ValueError, ImportError, AttributeError) as error:
@@ -213,3 +218,6 @@ def load(kind: str, arguments: argparse.Namespace, **options: Any) -> Any:
             found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
             where=f"{kind}.from_pretrained",
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()

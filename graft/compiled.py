@@ -46,5 +46,4 @@ class CompiledModel:
         return render_report(self.program.records, self.stats, function=self.program["forward"])
 
     def __repr__(self) -> str:
-        function = self.program["forward"]
-        return f"CompiledModel({self.program.node_count} nodes, states {list(function.states)}, plan {self.plan.spec()!r})"
+        return f"CompiledModel({self.program.node_count} nodes, plan {self.plan.spec()!r})"

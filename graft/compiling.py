@@ -32,7 +32,7 @@ Progress = Callable[[str], None]
 """Called with what is being done from now on."""
 
 
-def compile(model: PreTrainedModel, plan: Plan | None = None, *, progress: Progress | None = None) -> CompiledModel:  # noqa: A001
+def compile(model: PreTrainedModel, plan: Plan | None = None, *, progress: Progress | None = None) -> CompiledModel:
     """Compile a causal language model of transformers for decoding.
 
     `model` is in eval mode, in any floating dtype, on any device, and is left as it was; its parameters are shared, not

@@ -30,8 +30,8 @@ SAME_AS_INPUT = frozenset(
     {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.dropout.default}
     | {aten.lift_fresh_copy.default}
 )
-PARTS = {aten.split.Tensor: -1, aten.split_with_sizes.default: -1, aten.chunk.default: -1, aten.unbind.int: 0}
-"""Operators that return a list of parts -> their default dim."""
+PARTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int})
+"""Operators that return a list of parts."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def is_no_op(node: fx.Node) -> bool:
     if node.target in (aten.type_as.default, aten.to.dtype):
         return node.meta["val"].dtype == value.dtype
     if node.target is aten.slice.Tensor:
-        _, _, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+        start, end, step = [*node.args, *(0, 0, None, None, 1)[len(node.args) :]][2:]
         return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= 2**62))
     if node.target is aten.mul.Tensor:
         return type(node.args[1]) is float and node.args[1] == 1.0 and value.is_floating_point()
@@ -99,15 +99,15 @@ def take_parts(node: fx.Node, view: View) -> None:
     """One slice or select for each part that is used, in place of the list of parts."""
     source = node.args[0]
     dim = node.kwargs.get("dim", node.args[-1] if len(node.args) == (2 if node.target is aten.unbind.int else 3) else 0)
-    sizes = [part.shape[dim] if node.target is not aten.unbind.int else 1 for part in node.meta["val"]]
+    sizes = [1 if node.target is aten.unbind.int else part.shape[dim] for part in node.meta["val"]]
     for user in list(node.users):
-        index = user.args[1]
-        start = sum(sizes[:index])
+        index, start = user.args[1], sum(sizes[: user.args[1]])
         if node.target is aten.unbind.int:
-            args, target = (source, dim, index), aten.select.int
+            part = new_node(node.graph, aten.select.int, (source, dim, index), like=user, by=view.by)
         else:
-            args, target = (source, dim, start, start + sizes[index]), aten.slice.Tensor
-        user.replace_all_uses_with(new_node(node.graph, target, args, like=user, by=view.by))
+            end = start + sizes[index]
+            part = new_node(node.graph, aten.slice.Tensor, (source, dim, start, end), like=user, by=view.by)
+        user.replace_all_uses_with(part)
 
 
 def reshape(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:

@@ -48,7 +48,8 @@ class Adaptive(Controller):
     0 switches drafting off.
 
     Ranks beyond the budget are not observed. So every `explore` steps a larger tree is tried, all of it where drafting
-    pays and `probe` nodes where it is off; each time nothing comes of it, the wait doubles, up to 16 times `explore`.
+    pays and `probe` nodes where it is off; each time no further node is accepted, the wait doubles, up to 16 times
+    `explore`.
     """
 
     memory: int = 32
@@ -130,15 +131,19 @@ class AdaptiveControl:
         rates = self._rates(context)
         rates.age += 1
         offered = min(len(outcome.tree), self.max_nodes)
-        tried = max(offered, rates.best)
-        if rates.best < self.max_nodes:
-            rates.waited += 1
-            if offered > rates.best or rates.waited > rates.wait:
-                rates.waited, rates.age = 0, self.RENEWED
-                rates.wait = min(2 * rates.wait, 16 * self.spec.explore)
-                tried = self.max_nodes if rates.best else min(self.spec.probe, self.max_nodes)
-        hits = set(outcome.path)
         order = by_reach(outcome.tree)
+        hits = set(outcome.path)
+        tried = rates.best
+        if rates.best < self.max_nodes:
+            if rates.waited >= rates.wait:
+                tried = self.max_nodes if rates.best else min(self.spec.probe, self.max_nodes)
+            rates.waited += 1
+            # Until the drafter offers more than usual nothing was tried, and nothing was spent.
+            if offered > rates.best:
+                useful = not hits.isdisjoint(order[rates.best :])
+                rates.wait = self.spec.explore if useful else min(2 * rates.wait, 16 * self.spec.explore)
+                rates.waited, rates.age = 0, self.RENEWED
+        tried = max(tried, offered)
         for rank in range(tried):
             steps = rates.steps[rank] = min(rates.steps[rank] + 1, self.spec.memory)
             there = rank < offered

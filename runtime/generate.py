@@ -35,8 +35,9 @@ class Generator:
         nodes: int = 16,
     ) -> None:
         """`nodes` rows of a verification step at most, the root included. Without a `verifier`, greedy decoding walks
-        along the best tokens and sampling samples and matches; a verifier for one of the two leaves the other so. Raises CheckError for a host program that calls what
-        there is not, and PlanError for a verifier that would change the output.
+        along the best tokens and sampling samples and matches; a verifier for one of the two leaves the other so.
+        Raises CheckError for a host program that calls what there is not, and PlanError for a verifier that would
+        change the output.
         """
         if drafter is not None and (policy is None or controller is None):
             raise PlanError("a drafter needs a tree policy and a controller", found=f"{policy}, {controller}")
@@ -101,11 +102,12 @@ def output(run: Run, settings: Settings) -> Tensor | GenerateDecoderOnlyOutput:
     sequences = torch.cat([ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], dim=1)
     if not settings.as_dict:
         return sequences
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=by_step([request.scores for request in run.requests], longest) if settings.scores else None,
-        logits=by_step([request.logits for request in run.requests], longest) if settings.logits else None,
-    )
+    values: dict[str, Any] = {"sequences": sequences, "scores": None, "logits": None}
+    if settings.scores:
+        values["scores"] = by_step([request.scores for request in run.requests], longest)
+    if settings.logits:
+        values["logits"] = by_step([request.logits for request in run.requests], longest)
+    return GenerateDecoderOnlyOutput(**values)
 
 
 def by_step(rows: list[list[Tensor]], steps: int) -> tuple[Tensor, ...]:

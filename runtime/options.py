@@ -7,24 +7,57 @@ from typing import Literal
 Treatment = Literal["supported", "inert", "refused"]
 
 SUPPORTED = (
-    # length
-    "max_length max_new_tokens min_length min_new_tokens max_time stop_strings "
-    # choice of tokens
-    "do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty "
-    "encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids renormalize_logits "
-    "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
-    "begin_suppress_tokens sequence_bias watermarking_config "
-    # output
-    "num_return_sequences output_scores output_logits return_dict_in_generate "
-    # special tokens
-    "pad_token_id bos_token_id eos_token_id"
-).split()
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "max_time",
+    "stop_strings",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "renormalize_logits",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "watermarking_config",
+    "num_return_sequences",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 """Options that mean what they mean in transformers."""
 
 ARGUMENTS = (
-    "inputs input_ids attention_mask generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn "
-    "streamer tokenizer seed"
-).split()
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+    "tokenizer",
+    "seed",
+)
 """Arguments of generate() that are not options; `seed` is graft's own."""
 
 INERT = {

@@ -32,7 +32,8 @@ def read_prompts(arguments: dict[str, Any], config: Any, vocabulary: int, max_po
     mask = arguments.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise GenerationError("attention_mask does not fit", expected=f"a tensor {list(ids.shape)}", found=found, where=WHERE)
+        expected = f"a tensor {list(ids.shape)}"
+        raise GenerationError("attention_mask does not fit", expected=expected, found=found, where=WHERE)
     kept = (mask != 0) if mask is not None else inferred_mask(ids, config)
     rows = []
     for row, (line, keep) in enumerate(zip(ids.tolist(), kept.tolist(), strict=True)):
@@ -55,11 +56,11 @@ def read_prompts(arguments: dict[str, Any], config: Any, vocabulary: int, max_po
 def prompt_ids(arguments: dict[str, Any], config: Any) -> Tensor:
     """int64 [batch, width]; a single bos token where no prompt is given."""
     if "inputs" in arguments and "input_ids" in arguments:
-        raise GenerationError("inputs and input_ids are the same argument", found="both", where=WHERE, remedy="pass one")
+        raise GenerationError("inputs and input_ids are the same argument", where=WHERE, remedy="pass one")
     ids = arguments.get("inputs", arguments.get("input_ids"))
     if ids is None:
         if config.bos_token_id is None:
-            raise GenerationError("there is no prompt, and no bos token to start from", where=WHERE, remedy="pass input_ids")
+            raise GenerationError("there is no prompt, and no bos token", where=WHERE, remedy="pass input_ids")
         return torch.tensor([[int(config.bos_token_id)]])
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -75,8 +76,7 @@ def prompt_ids(arguments: dict[str, Any], config: Any) -> Tensor:
 
 def inferred_mask(ids: Tensor, config: Any) -> Tensor:
     """bool [batch, width]: True where a token is no padding."""
-    ends = config.eos_token_id
-    ends = ends.flatten().tolist() if isinstance(ends, Tensor) else [ends] if isinstance(ends, int) else list(ends or [])
+    ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
     if config.pad_token_id is None or int(config.pad_token_id) in ends:
         return torch.ones_like(ids, dtype=torch.bool)
     return ids != int(config.pad_token_id)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,9 +23,7 @@ SAMPLING = "sampling"
 class Sampling:
     """How a request chooses tokens: logits processors, whether it samples, and its random numbers."""
 
-    def __init__(
-        self, row: int, prompt_length: int, processors: LogitsProcessorList, sample: bool, seed: int
-    ) -> None:
+    def __init__(self, row: int, prompt_length: int, processors: LogitsProcessorList, sample: bool, seed: int) -> None:
         self.row, self.prompt_length, self.processors, self.sample = row, prompt_length, processors, sample
         self.uniforms: Uniforms = Streams(seed)
         self._ids = torch.zeros(1, 0, dtype=torch.int64)
@@ -37,8 +37,8 @@ class Sampling:
         scores = logits.to(torch.float32, copy=True)
         if not self.processors:
             return scores
-        processed: Tensor = self.processors(self.prefix(tokens, path, logits.device), scores)
-        return processed
+        processors: Callable[[Tensor, Tensor], Tensor] = cast(Any, self.processors)
+        return processors(self.prefix(tokens, path, logits.device), scores)
 
     def prefix(self, tokens: list[int], path: list[int], device: torch.device) -> Tensor:
         """int64 [1, length], a fresh tensor; what is committed is kept as a tensor between calls."""
@@ -149,7 +149,7 @@ class TargetRows:
             return self.request.sampling.best(self.scores(row), self.position(row))
         tokens, peaks = self.best_tokens
         peak = peaks[self.first + row]
-        if peak != peak or peak == -math.inf:
+        if not peak > -math.inf:
             self.request.sampling.check(peak, self.position(row))
         return tokens[self.first + row]
 

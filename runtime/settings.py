@@ -55,6 +55,11 @@ class ModelFace(GenerationMixin):
             )
         return cls(model.config, model.generation_config, model.device)
 
+    @property
+    def api(self) -> Any:
+        """This face, untyped: the private methods of GenerationMixin are annotated for models with weights."""
+        return self
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -86,7 +91,8 @@ def resolve(face: ModelFace, vocabulary: int, max_positions: int | None, argumen
     Raises GenerationError for an argument that is unknown, refused or not valid, and for prompts that cannot be run;
     nothing has been computed by then.
     """
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    # None unsets an option that the model's own generation_config has; for other arguments it is the same as nothing.
+    arguments = {name: value for name, value in arguments.items() if value is not None or name in SUPPORTED}
     refuse_arguments(arguments)
     given = arguments.get("generation_config")
     options = {name: value for name, value in arguments.items() if name not in ARGUMENTS}
@@ -96,8 +102,8 @@ def resolve(face: ModelFace, vocabulary: int, max_positions: int | None, argumen
         prompts = read_prompts(arguments, config, vocabulary, max_positions)
         rows, width = prompts.input_ids.shape
         limit = set_lengths(face, config, given, options, prompts.input_ids)
-        face._prepare_special_tokens(config, "attention_mask" in arguments, device=face.device, batch_size=rows)
-        criteria = face._get_stopping_criteria(
+        face.api._prepare_special_tokens(config, "attention_mask" in arguments, device=face.device, batch_size=rows)
+        criteria = face.api._get_stopping_criteria(
             config, arguments.get("stopping_criteria") or StoppingCriteriaList(), tokenizer=arguments.get("tokenizer")
         )
         ends, lengths, others = split_criteria(criteria)
@@ -110,7 +116,9 @@ def resolve(face: ModelFace, vocabulary: int, max_positions: int | None, argumen
     except (ValueError, TypeError) as error:
         raise GenerationError("the arguments of generate() are not valid", found=error, where="generate()") from error
     if "streamer" in arguments and len(tokens) > 1:
-        raise GenerationError("a streamer takes one sequence", expected="a batch of 1", found=f"{len(tokens)} sequences")
+        raise GenerationError(
+            "a streamer takes one sequence", expected="a batch of 1", found=f"a batch of {len(tokens)}"
+        )
     check_room(tokens, new_tokens, max_positions)
     return Settings(
         input_ids=prompts.input_ids.repeat_interleave(repeats, dim=0),
@@ -151,7 +159,8 @@ def merged(face: ModelFace, given: GenerationConfig | None, options: dict[str, A
     if given is not None and not isinstance(given, GenerationConfig):
         raise GenerationError("generation_config is of another type", expected="a GenerationConfig", found=type(given))
     known = vars(GenerationConfig())
-    config, _ = face._prepare_generation_config(given, **{k: v for k, v in options.items() if k in known})
+    config: GenerationConfig
+    config, _ = face.api._prepare_generation_config(given, **{k: v for k, v in options.items() if k in known})
     return config
 
 
@@ -220,7 +229,7 @@ def set_lengths(
     }
     width = ids.shape[1]
     call(
-        face._prepare_generated_length,
+        face.api._prepare_generated_length,
         generation_config=config,
         has_default_max_length=unset["max_length"],
         has_default_min_length=unset["min_length"],
@@ -228,7 +237,7 @@ def set_lengths(
         input_ids_length=width,
         inputs_tensor=ids,
     )
-    face._validate_generated_length(config, width, unset["max_length"])
+    face.api._validate_generated_length(config, width, unset["max_length"])
     limit: int = config.max_length
     return limit
 
@@ -273,7 +282,7 @@ def processor_list(
     allowed = arguments.get("prefix_allowed_tokens_fn")
     ids = torch.tensor([prompt], device=face.device)
     processors: LogitsProcessorList = call(
-        face._get_logits_processor,
+        face.api._get_logits_processor,
         generation_config=own,
         input_ids_seq_length=len(prompt),
         encoder_input_ids=ids,
@@ -293,7 +302,8 @@ def read_seeds(seed: Any, prompts: int, repeats: int, sample: bool) -> list[int]
         return row_seeds(seed, prompts * repeats)
     seeds = list(seed) if isinstance(seed, list | tuple) else None
     if seeds is None or len(seeds) not in (prompts, prompts * repeats) or not all(type(s) is int for s in seeds):
-        raise GenerationError("seed is not valid", expected=f"an int or a list of {prompts} ints", found=repr(seed)[:80])
+        expected = f"an int or a list of {prompts} ints"
+        raise GenerationError("seed is not valid", expected=expected, found=repr(seed)[:80], where="generate()")
     if len(seeds) == prompts * repeats:
         return seeds
     return [derived for one in seeds for derived in row_seeds(one, repeats)]

@@ -22,7 +22,7 @@ def argmax_rows(logits: Tensor) -> tuple[list[int], list[float]]:
     if whole < vocabulary:
         head, tail = argmax_rows(logits[:, :whole]), argmax_rows(logits[:, whole:])
         pairs = [
-            (h, x) if x >= y or x != x else (t + whole, y)
+            (h, x) if not x < y else (t + whole, y)
             for h, x, t, y in zip(head[0], head[1], tail[0], tail[1], strict=True)
         ]
         return [token for token, _ in pairs], [value for _, value in pairs]

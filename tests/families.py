@@ -164,6 +164,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Family -> configuration on top of `COMMON`; "model_type" where the name is not that already."""
 
 
+REFUSED: dict[str, str] = {
+    "bloom": "attention is computed by the model's own code",
+    "codegen": "attention is computed by the model's own code",
+    "doge": "attention is computed by the model's own code",
+    "falcon": "attention is computed by the model's own code",
+    "falcon_alibi": "attention is computed by the model's own code",
+    "gpt_neo": "attention is computed by the model's own code",
+    "gptj": "attention is computed by the model's own code",
+    "mpt": "attention is computed by the model's own code",
+    "xglm": "attention is computed by the model's own code",
+    "jamba": "keeps a recurrent state",
+    "mamba": "keeps a recurrent state",
+    "qwen3_next": "keeps a recurrent state",
+    "gemma3n_text": "no residual stream",
+    "gemma4_text_per_layer": "no operand that goes past the block",
+    "jetmoe": "shapes depend on data",
+    "lfm2": "combined across tokens outside attention",
+    "llama4_text": "a mask that graft does not know",
+    "longcat_flash": "cannot be captured by torch.export",
+    "minimax": "runs other code for other batches or lengths",
+}
+"""Family -> what the refusal says; every other family is captured."""
+
+CAPTURED = tuple(name for name in FAMILIES if name not in REFUSED)
+
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 WITHOUT_ROPE = frozenset(

@@ -51,7 +51,7 @@ class DraftModel(Drafter):
     with the next step's first call, which has rows to spare; so its cache never holds anything but committed text.
     """
 
-    other: Compiled = field(repr=False)
+    other: Compiled = field(repr=False, hash=False)
     """The compiled model that drafts."""
     sample: bool = False
     candidates: int = 8
@@ -86,6 +86,15 @@ class DraftModel(Drafter):
                 remedy="use Chain, or sample=False",
             )
         return ModelDrafting(self, decoder, policy)
+
+
+@dataclass
+class Held:
+    """What a request holds of the draft model."""
+
+    slot: int
+    root: Tensor | None = None
+    """Logits [1, vocabulary] after the last token that was run."""
 
 
 @dataclass
@@ -129,16 +138,16 @@ class ModelDrafting:
 
     def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
         """See `Drafting.begin`; the prompt is run with the first proposal."""
-        context.data[self.key] = self.decoder.open()
+        context.data[self.key] = Held(self.decoder.open())
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """See `Drafting.observe`; accepted tokens are run with the next proposal."""
 
     def end(self, context: Context) -> None:
         """See `Drafting.end`."""
-        slot = context.data.pop(self.key, None)
-        if isinstance(slot, int):
-            self.decoder.close(slot)
+        held = context.data.pop(self.key, None)
+        if isinstance(held, Held):
+            self.decoder.close(held.slot)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """See `Drafting.propose`; a text that has outgrown the draft model's positions gets an empty tree."""
@@ -155,7 +164,7 @@ class ModelDrafting:
         for index, root in zip(chosen, roots, strict=True):
             context, tree = contexts[index], trees[index]
             growth = self.policy.grow(tree, room[index], by_level=True)
-            growing.append(Growing(context, self.slot(context), root, tree, growth))
+            growing.append(Growing(context, self.held(context).slot, root, tree, growth))
         for one in growing:
             one.send(None)
         while any(not one.done for one in growing):
@@ -164,32 +173,30 @@ class ModelDrafting:
             trees[index] = one.tree
         return trees
 
-    def slot(self, context: Context) -> int:
-        """The request's slot."""
-        slot = context.data[self.key]
-        assert isinstance(slot, int)
-        return slot
+    def held(self, context: Context) -> Held:
+        """The request's slot, and the logits to grow its next tree from."""
+        held = context.data[self.key]
+        assert isinstance(held, Held)
+        return held
 
     def catch_up(self, contexts: Sequence[Context]) -> list[Tensor]:
         """Run what the cache lacks of each text; logits [1, vocabulary] after the last token of each."""
-        roots: dict[int, Tensor] = {}
-        behind = list(contexts)
-        while behind:
+        held = [self.held(context) for context in contexts]
+        while True:
             rows, left, chunks = Rows(), PROMPT_ROWS, []
-            for context in behind:
-                slot = self.slot(context)
-                fed = self.decoder.length(slot)
+            for context, one in zip(contexts, held, strict=True):
+                fed = self.decoder.length(one.slot)
                 chunk = context.tokens[fed : fed + left]
                 if chunk:
-                    rows.add_chain(slot, chunk, fed)
-                    chunks.append((context, slot, len(chunk)))
+                    rows.add_chain(one.slot, chunk, fed)
+                    chunks.append((one, len(chunk)))
                     left -= len(chunk)
+            if not chunks:
+                return [one.root for one in held if one.root is not None]
             logits = self.decoder.forward(rows)
-            for place, (context, slot, count) in enumerate(chunks):
-                self.decoder.commit(slot, range(count))
-                roots[id(context)] = logits[place : place + 1]
-            behind = [context for context in behind if self.decoder.length(self.slot(context)) < len(context.tokens)]
-        return [roots[id(context)] for context in contexts]
+            for place, (one, count) in enumerate(chunks):
+                self.decoder.commit(one.slot, range(count))
+                one.root = logits[place : place + 1]
 
     def grow_level(self, growing: Sequence[Growing]) -> None:
         """Answer every tree's question: the root's from the logits at hand, the others' from one call for all."""

@@ -24,7 +24,7 @@ class Lookup(TableDrafter):
     occurrences: int = 8
     """How many of the latest places are kept for each n-gram."""
     window: int = 32768
-    """How many of the latest tokens are indexed, which bounds memory."""
+    """How many tokens are indexed at most; then the older half is forgotten."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest or self.occurrences < 1 or self.window <= self.longest:
@@ -51,7 +51,7 @@ class LookupTable(Table[tuple[int, ...]]):
         self.lengths = range(spec.longest, spec.shortest - 1, -1)
         self.priors = [rate for length in range(spec.longest + 1) for rate in (_first(length), *_LATER)]
         self.followers: dict[tuple[int, ...], list[int]] = {}
-        self.learnt = 0
+        self.first = self.learnt = 0
         self._learn(context.tokens)
 
     def start(self, context: Context) -> tuple[int, ...]:
@@ -87,9 +87,12 @@ class LookupTable(Table[tuple[int, ...]]):
     def _learn(self, tokens: list[int]) -> None:
         longest, shortest, keep = self.spec.longest, self.spec.shortest, self.spec.occurrences
         followers = self.followers
-        for place in range(max(self.learnt, 1), len(tokens)):
+        if len(tokens) - self.first > self.spec.window:
+            self.first = self.learnt = len(tokens) - self.spec.window // 2
+            followers.clear()
+        for place in range(max(self.learnt, self.first + 1), len(tokens)):
             token = tokens[place]
-            gram = tuple(tokens[max(place - longest, 0) : place])
+            gram = tuple(tokens[max(place - longest, self.first) : place])
             for start in range(len(gram) - shortest + 1):
                 held = followers.get(gram[start:])
                 if held is None:

@@ -42,8 +42,9 @@ class Merge(Drafter):
     @property
     def kind(self) -> DraftKind:
         """That of all drafters if they are all deterministic, or of the only one; else mixed."""
-        kinds = {drafter.kind for drafter in self.drafters}
-        return kinds.pop() if len(self.drafters) == 1 or kinds == {"deterministic"} else "mixed"
+        first = self.drafters[0].kind
+        alike = all(drafter.kind == "deterministic" for drafter in self.drafters)
+        return first if alike or len(self.drafters) == 1 else "mixed"
 
     @property
     def observes(self) -> int:

@@ -1,10 +1,11 @@
-"""Compiled tiny models for tests of the runtime: captured, given a KV cache and run through ATen, no plan around them."""
+"""Tiny models for tests of the runtime: captured, given a KV cache and run through ATen, without a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ from graft.compiler.program import DENSE, FLAT, Function, Program
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.kv_cache import KVCache
 from graft.runtime.decoder import Decoder, Rows
+from graft.runtime.drafters.draft_model import DraftModel
+from graft.runtime.drafters.lookup import Lookup
+from graft.runtime.drafters.merge import Merge
+from graft.runtime.drafters.recycle import Recycle
 from graft.runtime.generate import Generator
 from graft.runtime.settings import ModelFace
 from graft.runtime.tree_policies import BestFirst
@@ -181,3 +186,61 @@ def bigram_generator(table: Tensor, drafter: Drafter | None = None, **options: A
     face = ModelFace(config, GenerationConfig(pad_token_id=0), torch.device("cpu"))
     host = plain_host() if drafter is None else speculative_host()
     return Generator(bigram(table), face, host, drafter=drafter, **options)
+
+
+@dataclass(frozen=True)
+class Fixture(Drafter):
+    """A drafter whose state a test holds in its hands."""
+
+    drafting: Any
+
+    def open(self, target: Target, policy: TreePolicy) -> Drafting:
+        opened: Drafting = self.drafting
+        return opened
+
+
+class Recorder:
+    """A streamer that keeps what it is given, and can be made to interrupt the call."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.puts: list[Tensor] = []
+        self.ended = 0
+        self.fail_after = fail_after
+
+    def put(self, value: Tensor) -> None:
+        self.puts.append(value)
+        if len(self.puts) == self.fail_after:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+LONG = {"max_new_tokens": 30}
+DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
+    "plain": lambda: None,
+    "lookup": Lookup,
+    "recycle": Recycle,
+    "recycle, prompt seeded": lambda: Recycle(seed_prompt=True),
+    "merged": lambda: Merge((Lookup(), Recycle(), DraftModel(SimpleNamespace(decoder=decoder(seed=1))))),
+    "another model": lambda: DraftModel(SimpleNamespace(decoder=decoder(seed=1))),
+    "the same model": lambda: DraftModel(SimpleNamespace(decoder=decoder())),
+}
+
+
+def theirs(arguments: dict[str, Any], family: str = "llama") -> Any:
+    """What transformers generates, greedily unless the arguments say otherwise."""
+    model, _ = tiny(family)
+    return model.generate(**{"do_sample": False, "pad_token_id": 0, **arguments})
+
+
+def oracle(arguments: dict[str, Any]) -> Oracle:
+    """A drafter that knows the greedy text of each (unpadded) prompt."""
+    texts = theirs({"input_ids": arguments["input_ids"], "attention_mask": arguments["attention_mask"]} | LONG)
+    masks = arguments["attention_mask"].tolist()
+    return Oracle(tuple(tuple(row[mask.index(1) :]) for row, mask in zip(texts.tolist(), masks, strict=True)))
+
+
+def all_slots_free(made: Generator) -> bool:
+    """Whether no sequence is left in the KV store."""
+    return len(made.decoder.store.free) == len(made.decoder.store.lengths)

@@ -3,70 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, StoppingCriteriaList
 
-from graft.compiler.drafting import Drafter, DraftTree, Rows, Uniforms, Verifier
-from graft.compiler.errors import CheckError, GenerationError, PlanError
+from graft.compiler.errors import CheckError, PlanError
 from graft.compiler.host import plain_host, speculative_host
 from graft.runtime import run as run_module
-from graft.runtime.drafters.draft_model import DraftModel
 from graft.runtime.drafters.lookup import Lookup
 from graft.runtime.drafters.recycle import Recycle
 from graft.runtime.generate import Generator
 from graft.runtime.run import PRIMITIVES, Run, commit
-from graft.runtime.tree_policies import BestFirst, Chain
-from graft.runtime.verifiers import Leviathan, SampleAndMatch, draw
+from graft.runtime.tree_policies import Chain
+from graft.runtime.verifiers import Leviathan
 from tests.runtime.decoding import (
+    DRAFTERS,
+    LONG,
     Always,
-    Oracle,
-    bigram,
+    Recorder,
+    all_slots_free,
     bigram_generator,
-    decoder,
     generator,
+    oracle,
     prompts,
     same_cache_as_fresh_prefill,
-    tiny,
+    theirs,
 )
 
-DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
-    "plain": lambda: None,
-    "lookup": Lookup,
-    "recycle": Recycle,
-    "recycle, prompt seeded": lambda: Recycle(seed_prompt=True),
-    "another model": lambda: DraftModel(SimpleNamespace(decoder=decoder(seed=1))),
-    "the same model": lambda: DraftModel(SimpleNamespace(decoder=decoder())),
-}
 drafted = pytest.mark.parametrize("name", DRAFTERS)
-
-
-def theirs(arguments: dict[str, Any], family: str = "llama") -> Any:
-    model, _ = tiny(family)
-    return model.generate(**{"do_sample": False, "pad_token_id": 0, **arguments})
-
-
-def oracle(arguments: dict[str, Any]) -> Oracle:
-    """A drafter that knows the greedy text of each (unpadded) prompt."""
-    texts = theirs({"input_ids": arguments["input_ids"], "attention_mask": arguments["attention_mask"]} | LONG)
-    masks = arguments["attention_mask"].tolist()
-    return Oracle(tuple(tuple(row[mask.index(1) :]) for row, mask in zip(texts.tolist(), masks, strict=True)))
-
-
-LONG = {"max_new_tokens": 30}
-
-
-def all_slots_free(made: Generator) -> bool:
-    return len(made.decoder.store.free) == len(made.decoder.store.lengths)
 
 
 @drafted
@@ -117,10 +85,11 @@ def test_the_length_limit_inside_an_accepted_path_ends_the_text(length: int) -> 
 def test_a_right_draft_is_accepted_whole() -> None:
     arguments = prompts(6)
     made = generator(oracle(arguments), controller=Always(5))
-    made.generate(**arguments, max_new_tokens=26)
-    assert made.stats["steps"] == 5  # one token from the prompt, then four drafted and one more in each step
-    assert made.stats["tokens_per_step"] == 5.0
-    assert (made.stats["new_tokens"], made.stats["accepted"], made.stats["drafted"]) == (26, 20, 25)
+    made.generate(**arguments, max_new_tokens=27)
+    # One token from the prompt, five times four drafted ones and one more, and a last one that is not worth a draft.
+    assert made.stats["steps"] == 6
+    assert made.stats["tokens_per_step"] == pytest.approx(26 / 6)
+    assert (made.stats["new_tokens"], made.stats["accepted"], made.stats["drafted"]) == (27, 20, 25)
 
 
 @pytest.mark.parametrize("name", ["plain", "lookup", "the same model"])
@@ -173,8 +142,10 @@ def test_stopping_criteria_see_every_length_and_cannot_be_overrun() -> None:
 
 
 def test_a_stop_string_ends_the_text_inside_an_accepted_path() -> None:
-    letters = [chr(0x4E00 + index) for index in range(131)]
-    words = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token=letters[0]))
+    # transformers takes tokens apart with the help of the text "abcdef", which has to be a token here.
+    letters = ["abcdef", *(chr(0x4E00 + index) for index in range(1, 131))]
+    words = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="abcdef"))
+    words.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     arguments = prompts(6)
     text = theirs(arguments | LONG)[0, 6:].tolist()
@@ -208,21 +179,6 @@ def test_scores_end_with_the_text_and_are_zero_for_ended_sequences() -> None:
     assert torch.allclose(ours.scores[ended][1], reference.scores[ended][1], atol=1e-6)
 
 
-class Recorder:
-    def __init__(self, fail_after: int | None = None) -> None:
-        self.puts: list[Tensor] = []
-        self.ended = 0
-        self.fail_after = fail_after
-
-    def put(self, value: Tensor) -> None:
-        self.puts.append(value)
-        if len(self.puts) == self.fail_after:
-            raise KeyboardInterrupt
-
-    def end(self) -> None:
-        self.ended += 1
-
-
 def test_a_streamer_gets_the_prompt_and_then_every_token_in_order() -> None:
     arguments, streamer = prompts(6), Recorder()
     ours = generator(oracle(arguments)).generate(**arguments, max_new_tokens=9, streamer=streamer)
@@ -248,103 +204,6 @@ def test_the_cache_equals_a_fresh_prefill_after_every_commit(name: str) -> None:
     assert len(checked) > 10
 
 
-@pytest.mark.parametrize("name", ["plain", "lookup", "another model"])
-def test_an_interrupted_call_leaves_the_model_usable(name: str) -> None:
-    arguments = prompts(6) | {"max_new_tokens": 20}
-    drafter = DRAFTERS[name]()
-    made = generator(drafter)
-    with pytest.raises(KeyboardInterrupt):
-        made.generate(**arguments, streamer=Recorder(fail_after=8))
-    assert all_slots_free(made)
-    if isinstance(drafter, DraftModel):
-        own = drafter.other.decoder.store
-        assert len(own.free) == len(own.lengths)
-    assert torch.equal(made.generate(**arguments), theirs(arguments))
-
-
-def test_a_call_interrupted_inside_the_model_leaves_it_usable() -> None:
-    made = generator()
-    executable, calls = made.decoder.executable, []
-
-    def failing(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(0)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return executable(*inputs)
-
-    made.decoder.executable = failing  # type: ignore[assignment]
-    arguments = prompts(6, 3) | {"max_new_tokens": 9}
-    with pytest.raises(KeyboardInterrupt):
-        made.generate(**arguments)
-    assert all_slots_free(made)
-    assert torch.equal(made.generate(**arguments), theirs(arguments))
-
-
-def test_a_drafter_is_told_the_end_of_every_request_that_it_was_told_the_beginning_of() -> None:
-    arguments = prompts(6, 3)
-    drafting = oracle(arguments).open(None, None)  # type: ignore[arg-type]
-
-    @dataclass(frozen=True)
-    class Held(Drafter):
-        def open(self, target: object, policy: object) -> Any:
-            return drafting
-
-    def fail(ids: Tensor, scores: object) -> bool:
-        if ids.shape[1] == 12:
-            raise RuntimeError("a broken criterion")
-        return False
-
-    made = generator(Held())
-    with pytest.raises(RuntimeError, match="broken"):
-        made.generate(**arguments, max_new_tokens=20, stopping_criteria=StoppingCriteriaList([fail]))
-    assert (drafting.begun, drafting.ended) == (2, 2)
-    made.generate(**arguments, max_new_tokens=4)
-    assert (drafting.begun, drafting.ended) == (4, 4)
-
-
-def test_a_drafter_that_proposes_what_cannot_be_run_is_named() -> None:
-    for text in (tuple(range(30)), (*prompts(6)["input_ids"][0].tolist(), 999, 999)):
-        @dataclass(frozen=True)
-        class Broken(Drafter):
-            def open(self, target: object, policy: object) -> Any:
-                drafting = Oracle((text,)).open(None, None)  # type: ignore[arg-type]
-                tree = DraftTree([999] if len(text) < 30 else [5] * 20, [-1] if len(text) < 30 else [-1] * 20)
-                drafting.propose = lambda contexts, budgets: [tree]  # type: ignore[method-assign]
-                return drafting
-
-        made = generator(Broken())
-        with pytest.raises(GenerationError, match="cannot be verified"):
-            made.generate(**prompts(6), max_new_tokens=9)
-        assert all_slots_free(made)
-
-
-def test_nan_logits_are_named_by_sequence_and_token() -> None:
-    table = torch.zeros(6, 6)
-    table[torch.arange(6), (torch.arange(6) + 1) % 6] = 5.0
-    table[4] = math.nan
-    made = bigram_generator(table)
-    ids = torch.tensor([[0, 0], [1, 2]])
-    with pytest.raises(GenerationError) as error:
-        made.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
-    assert "found: NaN" in str(error.value)
-    assert "sequence 1, new token 3, position 4" in str(error.value)
-    assert all_slots_free(made)
-
-
-@pytest.mark.parametrize("options", [{"do_sample": True}, {"repetition_penalty": 1.3}, {"do_sample": True, "top_k": 3}])
-def test_nan_logits_are_named_under_sampling_and_processors_too(options: dict[str, Any]) -> None:
-    table = torch.full((6, 6), math.nan)
-    with pytest.raises(GenerationError, match="sequence 0, new token 1"):
-        bigram_generator(table).generate(torch.tensor([[3, 4]]), max_new_tokens=5, **options)
-
-
-def test_remove_invalid_values_survives_nan_logits() -> None:
-    table = torch.zeros(6, 6)
-    table[:, 2] = math.nan
-    out = bigram_generator(table).generate(torch.tensor([[3, 4]]), max_new_tokens=3, remove_invalid_values=True)
-    assert out.tolist() == [[3, 4, 0, 0, 0]]
-
-
 def test_ties_go_to_the_lowest_id() -> None:
     table = torch.zeros(300, 300)
     table[:, [7, 150, 290]] = 1.0
@@ -357,116 +216,6 @@ def test_a_text_ends_with_the_models_positions() -> None:
         with pytest.warns(UserWarning, match="128 positions"):
             ours = generator(drafter, name="gpt2" if drafter is None else "llama").generate(**arguments)
         assert ours.shape[1] == 129
-
-
-SEEDED = {"do_sample": True, "max_new_tokens": 12}
-
-
-@drafted
-def test_the_same_seed_gives_the_same_text_alone_in_company_and_with_any_drafter(name: str) -> None:
-    batch = prompts(7, 1, 4)
-    drafter = DRAFTERS[name]()
-    reference = generator().generate(**batch, **SEEDED, seed=[11, 12, 13])
-    together = generator(drafter).generate(**batch, **SEEDED, seed=[11, 12, 13])
-    assert torch.equal(together, reference)
-    for row, length in enumerate((7, 1, 4)):
-        alone = generator(drafter).generate(batch["input_ids"][row : row + 1, 7 - length :], **SEEDED, seed=11 + row)
-        assert torch.equal(alone[0, length:], reference[row, 7:])
-
-
-def test_another_seed_gives_another_text_and_torchs_seed_counts() -> None:
-    batch, made = prompts(7), generator()
-    assert not torch.equal(made.generate(**batch, **SEEDED, seed=1), made.generate(**batch, **SEEDED, seed=2))
-    torch.manual_seed(0)
-    first = made.generate(**batch, **SEEDED)
-    torch.manual_seed(0)
-    assert torch.equal(made.generate(**batch, **SEEDED), first)
-
-
-def test_top_k_top_p_and_min_p_bound_what_is_sampled() -> None:
-    batch, made = prompts(7), generator(Lookup())
-    greedy = made.generate(**batch, **LONG)
-    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}):
-        assert torch.equal(made.generate(**batch, **LONG, do_sample=True, seed=5, **options), greedy)
-
-
-VOCABULARY, NEW, SAMPLES = 4, 3, 3000
-
-
-def tables() -> tuple[Tensor, Tensor]:
-    source = torch.Generator().manual_seed(1)
-    target, other = torch.randn(2, VOCABULARY, VOCABULARY, generator=source)
-    return target, target + other
-
-
-def chi_square(made: Generator, target: Tensor) -> float:
-    """Of `SAMPLES` texts against the exact distribution over all texts."""
-    ids = torch.ones(1, 1, dtype=torch.int64)
-    out = made.generate(ids, do_sample=True, top_k=0, max_new_tokens=NEW, num_return_sequences=SAMPLES, seed=3)
-    counts = Counter(map(tuple, out[:, 1:].tolist()))
-    law = target.double().softmax(-1)
-    total = 0.0
-    for text in product(range(VOCABULARY), repeat=NEW):
-        expected = SAMPLES * math.prod(float(law[a, b]) for a, b in zip((1, *text), text, strict=False))
-        total += (counts[text] - expected) ** 2 / expected
-    return total
-
-
-BOUND = 126.0
-"""The chi-square distribution of 63 degrees of freedom exceeds it once in 250 000 times."""
-
-
-@dataclass(frozen=True)
-class Redraws(SampleAndMatch):
-    """Planted: a sample that is not in the tree is drawn again."""
-
-    def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:
-        path, _ = super().verify(tree, rows, uniforms, position)
-        token = draw(rows.distribution(path[-1] + 1 if path else 0), uniforms.uniform("resample", position + len(path)))
-        return path, token
-
-
-@dataclass(frozen=True)
-class WithoutResidual(Leviathan):
-    """Planted: after a rejection it draws from p in the place of the residual."""
-
-    def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:
-        path, token = super().verify(tree, rows, uniforms, position)
-        if len(path) < len(tree):
-            token = draw(rows.distribution(len(path)), uniforms.uniform("resample", position + len(path)))
-        return path, token
-
-
-@pytest.mark.parametrize(
-    ("verifier", "sample", "right"),
-    [
-        (None, False, True),
-        (SampleAndMatch(), True, True),
-        (Leviathan(), True, True),
-        (Redraws(), False, False),
-        (WithoutResidual(), True, False),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Verifier) else str(value),
-)
-def test_sampled_texts_follow_the_targets_distribution(verifier: Verifier | None, sample: bool, right: bool) -> None:
-    target, other = tables()
-    drafter = DraftModel(SimpleNamespace(decoder=bigram(other)), sample=sample)
-    policy = Chain() if sample else BestFirst()
-    made = bigram_generator(target, drafter, policy=policy, controller=Always(3), verifier=verifier)
-    assert (chi_square(made, target) < BOUND) == right
-    assert 0 < made.stats["accepted"] < made.stats["drafted"]
-
-
-def test_plain_sampling_follows_the_targets_distribution() -> None:
-    target, other = tables()
-    assert chi_square(bigram_generator(target), target) < BOUND < chi_square(bigram_generator(other), target)
-
-
-def test_a_verifier_for_sampling_leaves_greedy_decoding_to_the_greedy_walk() -> None:
-    drafter = DraftModel(SimpleNamespace(decoder=decoder()), sample=True)
-    made = generator(drafter, policy=Chain(), verifier=Leviathan())
-    arguments = prompts(6) | LONG
-    assert torch.equal(made.generate(**arguments), theirs(arguments))
 
 
 def test_a_verifier_that_would_change_the_output_is_refused() -> None:

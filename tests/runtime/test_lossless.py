@@ -1,4 +1,4 @@
-"""The law of the output, computed exactly: every legal pair keeps the target's distribution, every planted bug shows."""
+"""The law of the output, computed exactly: every legal pair keeps the target's law, and every planted bug shows."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_leviathan_on_a_chain_of_samples_keeps_the_law_of_the_text(pair: int, de
 
 
 def test_leviathan_keeps_the_law_of_three_tokens() -> None:
-    target, draft = Model(4, 2, 3), Model(5, 2, 3)
-    assert output_law(Leviathan(), chain_draft(draft, 2), target, 3) == target.law(3)
+    target, draft = Model(4, 3, 2), Model(5, 3, 2)
+    assert output_law(Leviathan(), chain_draft(draft, 3), target, 3) == target.law(3)
 
 
 @pytest.mark.parametrize("pair", range(3))

@@ -205,7 +205,7 @@ def test_a_seed_that_is_none_is_refused(seed: object) -> None:
         ({"input_ids": torch.tensor([1, 2])}, "not token ids"),
         ({"inputs": IDS}, "the same argument"),
         ({"generation_config": {"max_new_tokens": 3}}, "generation_config is of another type"),
-        ({"streamer": object()}, "a streamer takes one sequence"),
+        ({"streamer": object()}, "a streamer takes a batch of one"),
         ({"max_length": 2}, "max_length"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
@@ -252,3 +252,9 @@ def test_a_users_processor_list_comes_after_the_built_in_ones() -> None:
     settled = settle(logits_processor=LogitsProcessorList([mine]), repetition_penalty=1.3)
     assert settled.processors[0][-1] is mine
     assert len(settled.processors[0]) == 2
+
+
+def test_none_unsets_what_the_models_own_settings_have() -> None:
+    own = face(max_new_tokens=4)
+    assert resolve(own, VOCABULARY, 128, {"input_ids": IDS}).eos == {2}
+    assert resolve(own, VOCABULARY, 128, {"input_ids": IDS, "eos_token_id": None}).eos == frozenset()

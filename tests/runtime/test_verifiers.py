@@ -69,7 +69,7 @@ def decoded(verifier: Verifier, forest: list[DraftTree], model: Model, length: i
 
 
 @given(st.lists(trees(), min_size=1, max_size=4), st.integers(0, 50))
-def test_the_greedy_walk_gives_what_plain_greedy_decoding_gives_for_any_tree(forest: list[DraftTree], seed: int) -> None:
+def test_the_greedy_walk_gives_what_plain_decoding_gives_for_any_tree(forest: list[DraftTree], seed: int) -> None:
     model = Model(seed, 4, 24)
     assert decoded(GreedyWalk(), forest, model, 10, 0) == decoded(GreedyWalk(), [DraftTree()], model, 10, 0)
 

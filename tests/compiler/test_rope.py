@@ -1,0 +1,111 @@
+"""Every rope type of every family, on positions beyond the length up to which it is unscaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graft.compiler.capture import capture
+from graft.compiler.errors import CaptureError
+from graft.compiler.rope import GROWING
+from tests.compiler.programs import Decoder, dense_logits, dense_program, flat_program
+from tests.families import CAPTURED, FAMILIES, ORIGINAL_LENGTH, ROPE_VARIANTS, VOCABULARY, build, rope_overrides
+
+LENGTH = ORIGINAL_LENGTH + 8
+REFUSED_ROPES = {("phimoe", "longrope")}
+"""phimoe scales by the longest position in Python, so that its longrope has no per-token form."""
+CASES = [
+    (name, kind)
+    for name in CAPTURED
+    for kind in ROPE_VARIANTS.get(name, ())
+    if (name, kind) not in REFUSED_ROPES
+]
+
+
+def shallow(name: str, kind: str) -> PreTrainedModel:
+    """As few layers as show every kind of layer, which is what a capture's time goes by."""
+    options = FAMILIES[name]
+    layers: dict[str, Any] = {"num_hidden_layers": 1}
+    if "layer_types" in options:
+        layers = {"num_hidden_layers": 2, "layer_types": options["layer_types"][:2]}
+    if "no_rope_layers" in options:
+        layers = {"num_hidden_layers": 2, "no_rope_layers": options["no_rope_layers"][:2]}
+    return build(name, **rope_overrides(name, kind), **layers)
+
+
+def prompt(seed: int = 0) -> Tensor:
+    """Random tokens, int64 [1, LENGTH]."""
+    return torch.randint(3, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def one_by_one(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Eager logits of decoding token by token with transformers' cache."""
+    cache, logits = None, []
+    with torch.no_grad():
+        for index in range(tokens.shape[1]):
+            output = model(input_ids=tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_rope_rotates_as_transformers_does_when_it_decodes(name: str, kind: str) -> None:
+    model, tokens = shallow(name, kind), prompt()
+    program = dense_program(model)
+    assert (dense_logits(program, tokens) - one_by_one(model, tokens)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(GROWING))
+def test_a_prefill_beyond_the_original_length_differs_in_transformers_but_not_here(kind: str) -> None:
+    model, tokens = shallow("llama", kind), prompt()
+    program = dense_program(model)
+    expected = one_by_one(model, tokens)
+    with torch.no_grad():
+        prefill = model(input_ids=tokens, use_cache=False).logits
+    assert (prefill - expected).abs().max() > 1e-2
+    assert (dense_logits(program, tokens) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(GROWING))
+def test_a_short_sequence_is_not_changed_by_a_long_neighbour(kind: str) -> None:
+    model = shallow("llama", kind)
+    program = dense_program(model)
+    alone = dense_logits(program, prompt(1)[:, :5])
+    decoder = Decoder(flat_program(program))
+    _, found = decoder.step([(0, prompt()[0].tolist()), (2, prompt(1)[0, :5].tolist())])
+    assert (found - alone[0]).abs().max() <= 1e-5
+    assert (found - one_by_one(model, prompt(1)[:, :5])[0]).abs().max() <= 1e-5
+
+
+def test_a_rope_whose_scale_depends_on_the_longest_position_is_refused() -> None:
+    with pytest.raises(CaptureError, match="rotary_emb"):
+        capture(shallow("phimoe", "longrope"))
+
+
+def test_a_growing_rope_of_unknown_type_is_refused() -> None:
+    model = shallow("llama", "dynamic")
+    model.model.rotary_emb.rope_type = "dynamic-of-tomorrow"
+    with pytest.raises(CaptureError, match=r"dynamic-of-tomorrow(.|\n)*model\.rotary_emb"):
+        capture(model)
+
+
+def test_the_rotary_module_is_as_before_after_capture() -> None:
+    model = shallow("llama", "dynamic")
+    rotary = model.model.rotary_emb
+    before = {name: str(value) for name, value in vars(rotary).items()}
+    capture(model)
+    assert {name: str(value) for name, value in vars(rotary).items()} == before
+
+
+def test_a_forward_that_another_library_put_on_the_rotary_module_is_kept() -> None:
+    model = shallow("llama", "dynamic")
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+    rotary.forward = forward
+    capture(model)
+    assert vars(rotary)["forward"] is forward

@@ -1,0 +1,105 @@
+"""SmolLM2-135M-Instruct in float32: the same token ids as transformers, whatever drafts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import graft
+from tests.conftest import Prompt, RealModel
+
+pytestmark = pytest.mark.real
+
+PROMPTS, NEW_TOKENS, BATCH = 20, 128, 5
+NEAR_TIE = 1e-4
+"""Two best logits closer than this may change places in float32."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A batch of prompts, left-padded, and transformers' ids for it."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    texts: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def batches(smollm2: RealModel, prompts: list[Prompt]) -> list[Expected]:
+    """The shorter half of the prompts, evenly spread: 20 of them, by length, so that batches have little padding."""
+    tokenizer = smollm2.tokenizer
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt.turns[0]}], add_generation_prompt=True, tokenize=False
+        )
+        for prompt in prompts
+    ]
+    half = sorted(texts, key=len)[: max(PROMPTS, len(texts) // 2)]
+    chosen = [half[index * len(half) // PROMPTS] for index in range(PROMPTS)]
+    found = []
+    for start in range(0, PROMPTS, BATCH):
+        batch = tokenizer(
+            chosen[start : start + BATCH],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        out = smollm2.model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        found.append(Expected(ids, mask, out[:, ids.shape[1] :].tolist()))
+    return found
+
+
+DRAFTS = {
+    "plain": [],
+    "lookup": [graft.Lookup()],
+    "recycle": [graft.Recycle()],
+    "recycle seeded by the prompt": [graft.Recycle(seed_prompt=True)],
+    "trie": [graft.Trie()],
+    "all merged": [graft.Lookup(), graft.Recycle(), graft.Trie()],
+}
+
+
+@pytest.mark.parametrize("drafters", DRAFTS.values(), ids=DRAFTS)
+def test_greedy_ids_are_transformers(
+    smollm2: RealModel, batches: list[Expected], drafters: list[graft.Drafter]
+) -> None:
+    plan = graft.Plan(draft=drafters, tree=graft.Tree(nodes=8), controller=graft.FixedBudget())
+    fast = graft.compile(smollm2.model, plan)
+    excused = []
+    for batch in batches:
+        out = fast.generate(batch.ids, attention_mask=batch.mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        for row, expected in enumerate(batch.texts):
+            found = out[row, batch.ids.shape[1] :].tolist()
+            if found != expected:
+                prompt = batch.ids[row][batch.mask[row].bool()].tolist()
+                excused.append(gap_where_they_part(smollm2, prompt, found, expected))
+        if drafters:
+            assert fast.stats["tokens_per_step"] > 1.2
+    assert all(gap < NEAR_TIE for gap in excused) and len(excused) <= 1, excused
+
+
+def gap_where_they_part(smollm2: RealModel, prompt: list[int], found: list[int], expected: list[int]) -> float:
+    """The distance of the two best logits at the first token that differs, from one run of transformers' model."""
+    at = next(index for index, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    with torch.no_grad():
+        logits = smollm2.model(torch.tensor([prompt + expected[:at]]), use_cache=False).logits[0, -1]
+    best = logits.topk(2).values
+    return float(best[0] - best[1])
+
+
+def test_a_draft_model_changes_nothing(smollm2: RealModel, batches: list[Expected]) -> None:
+    # The model with a third of its feed-forwards dropped drafts for itself.
+    dropped = tuple(range(5, 25, 2))
+    small = graft.compile(smollm2.model, graft.Plan(target=[graft.DropBlock(dropped, "feed-forward")]))
+    plan = graft.Plan(
+        draft=[graft.DraftModel(small)], tree=graft.Tree(nodes=3, policy=graft.Chain()), controller=graft.FixedBudget()
+    )
+    fast = graft.compile(smollm2.model, plan)
+    batch = batches[0]
+    out = fast.generate(batch.ids, attention_mask=batch.mask, max_new_tokens=32, do_sample=False)
+    assert out[:, batch.ids.shape[1] :].tolist() == [text[:32] for text in batch.texts]
+    assert fast.stats["accepted"] > 0

@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -111,7 +112,7 @@ def export(model: PreTrainedModel) -> ExportedProgram:
 def capturing(model: PreTrainedModel) -> Iterator[None]:
     """Point the model's attention, masks, experts and ropes at forms that can be captured, and put all back after."""
     found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
+    configs: dict[int, Any] = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     fields = ("_attn_implementation", "_experts_implementation")
     before = [(config, {f: getattr(config, f, None) for f in fields}) for config in configs.values()]
     register()

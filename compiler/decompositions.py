@@ -30,7 +30,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     graph = exported.graph
     if not all(is_plain(node) for node in graph.nodes):
         return exported.run_decompositions(decompositions())
-    table, bodies = decompositions(), {}
+    table = decompositions()
+    bodies: dict[Any, fx.Graph] = {}
     for node in list(graph.nodes):
         if is_write(node):
             replace_write(node)
@@ -144,12 +145,13 @@ def replace_cast(node: fx.Node) -> None:
 
 def replace_flatten(node: fx.Node) -> None:
     """A reshape that names its sizes, the symbolic ones as nodes."""
-    source, start, end = (*node.args, *(0, -1)[len(node.args) - 1 :])
+    source: fx.Node = node.args[0]
+    start, end = (node.args[dim] if len(node.args) > dim else default for dim, default in ((1, 0), (2, -1)))
     shape = source.meta["val"].shape
     start, end = start % len(shape), end % len(shape)
     merged = math.prod(shape[start : end + 1])
     with node.graph.inserting_before(node):
-        sizes = [dim_size(source, dim) for dim in range(len(shape))]
+        sizes: list[int | fx.Node] = [dim_size(source, dim) for dim in range(len(shape))]
         sizes[start : end + 1] = [merged if isinstance(merged, int) else -1]
         new = node.graph.call_function(aten.reshape.default, (source, sizes))
     new.meta = dict(node.meta)

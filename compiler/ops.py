@@ -45,7 +45,16 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, scale, window=0, softcap=0.0, sinks=None, layer=0):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    layer: int = 0,
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -64,7 +73,7 @@ def kv_append(kv: Tensor, k: Tensor, v: Tensor, sequences: Tensor, lengths: Tens
 
 
 @kv_append.register_fake
-def _(kv, k, v, sequences, lengths, layer):
+def _(kv: Tensor, k: Tensor, v: Tensor, sequences: Tensor, lengths: Tensor, layer: int) -> Tensor:
     return torch.empty_like(kv)
 
 
@@ -110,7 +119,19 @@ def kv_attend(
 
 
 @kv_attend.register_fake
-def _(kv, q, sequences, positions, parents, lengths, layer, scale, window=0, softcap=0.0, sinks=None):
+def _(
+    kv: Tensor,
+    q: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    parents: Tensor,
+    lengths: Tensor,
+    layer: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     return q.new_empty(1, q.shape[2], q.shape[1], kv.shape[-1] - q.shape[-1])
 
 
@@ -129,7 +150,7 @@ def linear_rows(x: Tensor, weights: list[Tensor], biases: list[Tensor], ranges: 
 
 
 @linear_rows.register_fake
-def _(x, weights, biases, ranges):
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], ranges: list[int]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(ranges[1::2]) - sum(ranges[::2]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,19 +36,21 @@ def run_passes(
     passes: Sequence[Pass],
     *,
     side: tuple[str, ...] = ("forward",),
+    facts: Collection[str] = (),
     sample: Sequence[Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Run the passes on `program`, each as a transaction, and record each in `records` and `snapshots`.
 
     The given order is kept where the passes' declared facts allow it. `side` names the functions that the passes are
-    aimed at. `sample`: token ids of sequences on which contracts are checked; None for text that the model samples.
+    aimed at, `facts` what holds of them already. `sample`: token ids of sequences on which contracts are checked; None
+    for text that the model samples.
 
     Raises PlanError before anything runs if the passes do not go together; PassError if a pass fails or breaks its
     contract, and CheckError if what it leaves is not well formed, with the program as it was before that pass.
     Warns with PassWarning where a pass finds nothing to do that was meant to.
     """
-    order = ordered(passes)
+    order = ordered(passes, facts)
     if not program.snapshots:
         program.snapshots[CAPTURE] = program.copy()
     evidence = Evidence(sample)

@@ -77,12 +77,13 @@ def check_exported(exported: ExportedProgram, model: PreTrainedModel) -> None:
             expected="[batch, length], both dynamic",
             found=list(sizes),
         )
+    names = size_names(exported.graph)
     for guard in sizes[0].node.shape_env.guards:
         if not (isinstance(guard.expr, sympy.Eq) and all(side.is_Symbol for side in guard.expr.args)):
             raise CaptureError(
                 f"{name} runs other code for other batches or lengths",
                 expected="one graph for every batch and length",
-                found=f"a condition on a size: {guard.expr}",
+                found=f"a condition on a size: {guard.expr.xreplace(names)}",
                 where=guard.sloc,
                 remedy=TABLE,
             )
@@ -101,6 +102,14 @@ def check_exported(exported: ExportedProgram, model: PreTrainedModel) -> None:
             remedy=TABLE,
         )
     check_data_dependence(exported.graph, name)
+
+
+def size_names(graph: fx.Graph) -> dict[sympy.Expr, sympy.Symbol]:
+    """The symbols behind the inputs' sizes -> what they stand for."""
+    names = {"tokens", "positions"}
+    inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder" and node.name in names]
+    sizes = [(size, name) for value in inputs for size, name in zip(value.shape, ("batch", "length"), strict=True)]
+    return {size.node.expr: sympy.Symbol(name, integer=True) for size, name in sizes if isinstance(size, torch.SymInt)}
 
 
 def check_data_dependence(graph: fx.Graph, name: str) -> None:

@@ -54,6 +54,7 @@ class Arguments:
 
     def __init__(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+        self.result = values[node]
         schema = getattr(node.target, "_schema", None)
         names = schema.arguments if schema else ()
         self.given = {argument.name: argument.default_value for argument in names if argument.has_default_value()}
@@ -173,10 +174,8 @@ def repeat_rule(node: fx.Node, arguments: Arguments, sizes: Sizes) -> str | None
 
 def reshape_rule(node: fx.Node, arguments: Arguments, sizes: Sizes) -> str | None:
     """A reshape that cuts across rows: it makes a dim of fixed size whose elements lie a number of rows apart."""
-    source, target = arguments.get("self"), node.meta["val"]
-    known = spaced_dims(source.shape, sizes)
-    fresh = next((dim for dim in spaced_dims(target.shape, sizes) if dim not in known), None)
-    return f"{name_of(node)} takes elements of different rows for one row's" if fresh is not None else None
+    fresh = spaced_dims(arguments.result.shape, sizes) - spaced_dims(arguments.get("self").shape, sizes)
+    return f"{name_of(node)} takes elements of different rows for one row's" if fresh else None
 
 
 def spaced_dims(shape: Sequence[Any], sizes: Sizes) -> set[tuple[str, int]]:

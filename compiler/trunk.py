@@ -21,9 +21,10 @@ from graft.compiler.errors import CheckError
 from graft.compiler.nodes import Value, call_nodes, new_node, origin_of
 
 BlockKind = Literal["attention", "feed-forward", "parallel"]
+PART_KINDS: tuple[BlockKind, BlockKind] = ("attention", "feed-forward")
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
     """One residual step, or one of the two parts of a parallel one."""
 
@@ -32,14 +33,17 @@ class Block:
     kind: BlockKind
     residual: fx.Node
     """The residual add."""
-    stream: fx.Node
-    """The add's other operand: the stream that goes past the block."""
     terms: list[fx.Node]
     """What the block adds to the stream: one node, or several where the model adds them one by one."""
     nodes: list[fx.Node]
     """The block's own nodes, in graph order, the residual add not among them."""
+    adds: list[fx.Node]
+    """The adds that bring terms and stream together, the residual add first; a parallel block shares them with its
+    parts."""
     layer: int = 0
     parts: list[Block] = field(default_factory=list)
+    whole: Block | None = None
+    """The parallel block that this is a part of."""
     by: str = ""
     """The pass on whose behalf changes are made."""
 
@@ -49,49 +53,59 @@ class Block:
         return [node for node in self.nodes if node.target in ATTENTION]
 
     @property
+    def stream(self) -> fx.Node:
+        """The stream that goes past the block: what the residual adds start from, as the graph stands now."""
+        whole, node = self.whole or self, self.residual
+        while node in self.adds:
+            node = next(source for source in node.all_input_nodes if source not in whole.terms)
+        return node
+
+    @property
     def output(self) -> Value:
         """What the block adds to the stream. Terms that the model adds one by one are added to each other first,
         which changes the order of additions and so the last bits."""
-        while len(self.terms) > 1:
-            left, right = self.terms[:2]
-            with self.residual.graph.inserting_before(self.residual):
-                total = new_node(self.residual.graph, aten.add.Tensor, (left, right), like=left, by=self.by)
-            self.terms[:2] = [total]
-            if len(self.terms) == 1:
-                self.residual.args = (self.stream, total)
+        if len(self.terms) > 1:
+            parts = self.whole.parts if self.whole is not None else []
+            partners = [term for part in parts if part is not self for term in part.terms]
+            stream, terms = self.stream, self.terms
+            past, total = self.sum_of([stream, *partners]), self.sum_of(terms)
+            self.residual.args = (past, total)
+            self.terms = [total]
+            if self.whole is not None:
+                self.whole.terms = [*partners, total]
         return Value(self.terms[0], self.by)
 
     @output.setter
     def output(self, value: Value) -> None:
         old = self.output.node
-        for user in [user for user in old.users if user in self.adds]:
-            user.replace_input_with(old, value.node)
-        self.terms = [value.node]
+        for add in [user for user in old.users if user in self.adds]:
+            add.replace_input_with(old, value.node)
+        for block in (self, self.whole):
+            if block is not None:
+                block.terms = [value.node if term is old else term for term in block.terms]
 
-    @property
-    def adds(self) -> list[fx.Node]:
-        """The adds through which the terms reach the stream."""
-        found, todo = [self.residual], [self.residual]
-        while todo:
-            for node in todo.pop().all_input_nodes:
-                if node.target is aten.add.Tensor and node in self.nodes and node not in self.terms:
-                    found.append(node)
-                    todo.append(node)
-        return found
+    def sum_of(self, terms: list[fx.Node]) -> fx.Node:
+        """The terms added up in order, right before the residual add."""
+        total = terms[0]
+        for term in terms[1:]:
+            with self.residual.graph.inserting_before(self.residual):
+                total = new_node(self.residual.graph, aten.add.Tensor, (total, term), like=term, by=self.by)
+            self.adds.append(total)
+        return total
 
     def drop(self) -> None:
         """Take the block out of the stream: what followed it reads the stream that went past. States that it wrote
         are no longer written."""
         for write in [node for node in self.nodes if node.target in STATE_WRITES]:
             write.replace_all_uses_with(write.args[0])
-        if len(self.terms) == 1 and self.terms[0] not in self.residual.all_input_nodes:
-            for add in self.adds:  # one part of a parallel block: its partner takes the sum's place
-                if self.terms[0] in add.all_input_nodes:
-                    add.replace_all_uses_with(next(n for n in add.all_input_nodes if n is not self.terms[0]))
-        elif self.stream in self.residual.all_input_nodes or len(self.terms) > 1:
+        if self.whole is None:
             self.residual.replace_all_uses_with(self.stream)
-        else:
-            self.residual.replace_all_uses_with(next(n for n in self.residual.all_input_nodes if n != self.terms[0]))
+            return
+        for term in self.terms:
+            add = next(add for add in self.adds if term in add.all_input_nodes)
+            other = next(source for source in add.all_input_nodes if source is not term)
+            add.replace_all_uses_with(other)
+            self.whole.terms = [other if node is add else node for node in self.whole.terms if node is not term]
 
 
 @dataclass
@@ -164,7 +178,8 @@ def find_trunk(graph: fx.Graph, by: str = "") -> Trunk:
             expected="adds that every path from the embedding to the logits runs through",
             found="none",
         )
-    blocks, start = [], embedding
+    blocks: list[Block] = []
+    start = embedding
     for add in adds:
         blocks.append(make_block(len(blocks), add, chain, flow, by))
         start = add
@@ -203,7 +218,8 @@ def dataflow(graph: fx.Graph, root: fx.Node) -> nx.DiGraph:
 
 def is_residual_add(node: fx.Node, flow: nx.DiGraph) -> bool:
     """An add of two values that both come from the embedding."""
-    return node.target is aten.add.Tensor and len(set(node.all_input_nodes) & flow.nodes) == 2
+    plain = node.target is aten.add.Tensor and not node.kwargs  # no alpha
+    return plain and len(set(node.all_input_nodes) & flow.nodes) == 2
 
 
 def make_block(index: int, add: fx.Node, chain: list[fx.Node], flow: nx.DiGraph, by: str) -> Block:
@@ -221,12 +237,13 @@ def make_block(index: int, add: fx.Node, chain: list[fx.Node], flow: nx.DiGraph,
     downstream = attention | {n for a in attention for n in nx.descendants(flow, a) if n in cone}
     parts = leaves(terms, downstream, works)
     kinds = ["attention" if part in downstream else "feed-forward" for part in parts]
-    block = Block(index, "attention" if attention else "feed-forward", add, stream, terms, nodes, by=by)
-    if len(set(kinds)) == 2:
-        block.kind = "parallel"
+    kind: BlockKind = "parallel" if len(set(kinds)) == 2 else "attention" if attention else "feed-forward"
+    adds = adds_above({stream, *(parts if kind == "parallel" else terms)}, add)
+    block = Block(index, kind, add, terms, nodes, adds, by=by)
+    if kind == "parallel":
         block.parts = [
             part_of(block, kind, [part for part, k in zip(parts, kinds, strict=True) if k == kind], flow, before)
-            for kind in ("attention", "feed-forward")
+            for kind in PART_KINDS
         ]
     return block
 
@@ -234,7 +251,15 @@ def make_block(index: int, add: fx.Node, chain: list[fx.Node], flow: nx.DiGraph,
 def part_of(block: Block, kind: BlockKind, terms: list[fx.Node], flow: nx.DiGraph, before: set[fx.Node]) -> Block:
     """One part of a parallel block."""
     nodes = set(terms).union(*(ancestors_until(term, before, flow) for term in terms))
-    return Block(block.index, kind, block.residual, block.stream, terms, sorted(nodes), by=block.by)
+    return Block(block.index, kind, block.residual, terms, sorted(nodes), block.adds, whole=block, by=block.by)
+
+
+def adds_above(leaves: set[fx.Node], residual: fx.Node) -> list[fx.Node]:
+    """The residual add and the adds between it and the leaves."""
+    found = [residual]
+    for add in found:
+        found += [source for source in add.all_input_nodes if source not in leaves]
+    return found
 
 
 def ancestors_until(node: fx.Node, stop: set[fx.Node], flow: nx.DiGraph) -> set[fx.Node]:

@@ -68,7 +68,7 @@ class Generator:
                 if self.drafter is not None and self.policy is not None and self.controller is not None:
                     run.drafting = self.drafter.open(decoder, self.policy)
                     run.control = self.controller.open(self.nodes - 1, self.step_times.seconds)
-                    run.observe_step = self.step_times.observe
+                    run.times = self.step_times
                 if settings.streamer is not None:
                     settings.streamer.put(settings.input_ids.cpu())
                 self.loop(run)

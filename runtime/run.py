@@ -21,6 +21,7 @@ from graft.runtime.decoder import Decoder, Rows
 from graft.runtime.request import SAMPLING, Request, Sampling, TargetRows
 from graft.runtime.settings import Settings
 from graft.runtime.stats import Stats
+from graft.runtime.step_times import StepTimes
 from graft.runtime.top_tokens import argmax_rows, top_rows
 
 PROMPT_ROWS = 512
@@ -57,7 +58,7 @@ class Run:
         self.decoder, self.settings, self.verifier = decoder, settings, verifier
         self.drafting: Drafting | None = None
         self.control: Control | None = None
-        self.observe_step: Callable[[int, float], None] | None = None
+        self.times: StepTimes | None = None
         self.observes = drafter.observes if drafter else 0
         self.observes_prompt = drafter.observes_prompt if drafter else False
         self.plain = not settings.sample
@@ -112,6 +113,7 @@ def active(run: Run) -> bool:
 def draft(run: Run) -> dict[int, DraftTree]:
     """Draft trees by the request's row, for requests past their prompt where drafting can pay."""
     requests, budgets = [], []
+    measuring = run.times.spent if run.times else 0.0
     drafting, control = run.drafting, run.control
     if drafting is None or control is None:
         return {}
@@ -130,6 +132,8 @@ def draft(run: Run) -> dict[int, DraftTree]:
                 check_tree(tree, budget, run.decoder.vocabulary)
                 trees[request.row] = tree
     run.stats.mark("draft")
+    if run.times is not None and run.times.spent > measuring:
+        run.stats.move("draft", "calibration", run.times.spent - measuring)
     return trees
 
 
@@ -238,8 +242,8 @@ def commit(run: Run, decisions: list[Decision]) -> None:
     if any(decision.span.request.finished for decision in decisions):
         run.live = [request for request in run.live if not request.finished]
     run.stats.end_step()
-    if run.observe_step is not None and not run.stats.prefilling:
-        run.observe_step(sum(span.rows for span in run.spans), run.target_seconds)
+    if run.times is not None and not run.stats.prefilling:
+        run.times.observe(sum(span.rows for span in run.spans), run.target_seconds)
 
 
 def begin(run: Run, drafting: Drafting, request: Request) -> None:

@@ -12,14 +12,14 @@ from graft.runtime.request import Request
 class Stats:
     """Seconds by phase, for steps with prompt rows in them and for the others.
 
-    Phases: "model" (the target with its argmax and top-k), "draft" (proposing and learning), "overhead" (the rest).
+    Phases: "model" (the target with its argmax and top-k), "draft" (proposing and learning), "calibration" (measuring
+    step times, once for each compiled model), "overhead" (the rest).
     """
 
     def __init__(self) -> None:
         self.seconds = {True: dict.fromkeys(PHASES, 0.0), False: dict.fromkeys(PHASES, 0.0)}
         self.prefilling = False
         self.steps = 0
-        self.decode_tokens = 0
         self.latest = time.perf_counter()
 
     def start_step(self, prefilling: bool) -> None:
@@ -34,6 +34,11 @@ class Stats:
         self.seconds[self.prefilling][phase] += spent
         self.latest = now
         return spent
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Some of what was marked as `source` was spent on `target`."""
+        self.seconds[self.prefilling][source] -= seconds
+        self.seconds[self.prefilling][target] += seconds
 
     def end_step(self) -> None:
         """The step is over."""
@@ -63,11 +68,12 @@ class Stats:
             "drafted_per_request": [request.drafted for request in requests],
             "accepted_per_request": [request.accepted for request in requests],
             "prefill_seconds": sum(self.seconds[True].values()),
-            "decode_seconds": sum(decode.values()),
+            "decode_seconds": sum(decode.values()) - decode["calibration"],
             "draft_seconds": decode["draft"],
             "model_seconds": decode["model"],
             "overhead_seconds": decode["overhead"],
+            "calibration_seconds": decode["calibration"],
         }
 
 
-PHASES = ("model", "draft", "overhead")
+PHASES = ("model", "draft", "calibration", "overhead")

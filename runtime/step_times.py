@@ -31,6 +31,8 @@ class StepTimes:
         self.measured: dict[int, float] = {}
         self.ratios: dict[int, tuple[int, float]] = {}
         self.common: tuple[int, float] = (0, 1.0)
+        self.spent = 0.0
+        """Seconds that measuring itself has taken."""
 
     def seconds(self, rows: int) -> float:
         """Seconds of one step over `rows` rows, the roots included; measures on the decoder where it must.
@@ -54,7 +56,9 @@ class StepTimes:
     def anchor(self, rows: int) -> float:
         """Seconds at an anchor, measured on first need and corrected by what real steps showed."""
         if rows not in self.measured:
+            start = time.perf_counter()
             self.measured[rows] = measure(self.decoder, rows)
+            self.spent += time.perf_counter() - start
         count, ratio = self.ratios.get(rows, (0, 1.0))
         return self.measured[rows] * (ratio if count >= 4 else self.common[1])
 

@@ -216,6 +216,10 @@ ROPE_VARIANTS: dict[str, tuple[str, ...]] = {
 Where there is nothing to choose the tuple is empty."""
 
 
+REFUSED_ROPES = frozenset({("phimoe", "longrope")})
+"""(family, rope type) that is refused: phimoe scales by the longest position in Python, which has no per-token form."""
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A tiny random model of the family, in eval mode on the CPU, with `overrides` on top of its configuration."""
     options = copy.deepcopy(COMMON | FAMILIES[name] | overrides)

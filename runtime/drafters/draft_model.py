@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +33,7 @@ PROMPT_ROWS = 512
 """Tokens of texts in one call at most."""
 
 
+@runtime_checkable
 class Compiled(Protocol):
     """What is needed of the other model."""
 

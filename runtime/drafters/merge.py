@@ -122,14 +122,15 @@ class Merging:
 
 
 def _cell(probability: float) -> int:
-    return 1 + min(range(len(_LEVELS)), key=lambda level: abs(_LEVELS[level] - probability))
+    """The cell of `Trust` for the nearest level."""
+    return 2 + min(range(len(_LEVELS)), key=lambda level: abs(_LEVELS[level] - probability))
 
 
 def calibrated(tree: DraftTree, trust: Trust) -> list[float]:
     """The estimates of a tree's nodes, each moved by as much as its level was found to be off."""
     cells = map(_cell, tree.probabilities)
     return [
-        min(probability * trust[cell] / _LEVELS[cell - 1], CERTAIN)
+        min(probability * trust[cell] / _LEVELS[cell - 2], CERTAIN)
         for probability, cell in zip(tree.probabilities, cells, strict=True)
     ]
 

@@ -1,25 +1,29 @@
-"""Recycle: the target's best tokens after a token, when it was last seen, as candidates for what follows it now."""
+"""Recycle: what the target held for the best next tokens when it last stood here, as candidates for now."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from graft.compiler.drafting import Context, Outcome, Target
+from graft.compiler.drafting import ROOT, Context, Outcome, Target
 from graft.compiler.errors import PlanError
 from graft.runtime.drafters.tables import Evidence, Table, TableDrafter
 
-_RATES = (0.42, 0.12, 0.06, 0.04, 0.025, 0.02, 0.015, 0.01)
-
-
+Pair = tuple[int, int]
 @dataclass(frozen=True)
 class Recycle(TableDrafter):
-    """Token Recycling (2408.08696): a table from token to the target's `k` best next tokens.
+    """Token Recycling (2408.08696): a table from the last tokens to the target's `k` best next ones.
 
     Every row of a verification step updates it, accepted or not, so that what was computed and rejected still counts.
-    `seed_prompt` fills it from the prompt before the first step, for which the prefill has to compute logits at every
-    prompt position; the prefill time contains that. A token that was never seen proposes nothing.
+    Beside the paper's rows by the last token there are rows by the last two, which are asked first: as in STAND
+    (2506.04708), a longer context is the better guess where it was seen. After a token that the target was not asked
+    about, what followed it in the prompt is proposed; after one that is not there either, nothing.
+
+    `seed_prompt` fills the table from the prompt before the first step, for which the prefill has to compute logits at
+    every prompt position; the prefill time contains that.
     """
 
     k: int = 8
@@ -27,10 +31,17 @@ class Recycle(TableDrafter):
     shared: bool = False
     """Keep the table in the compiled model, for all its requests: faster to warm up, but how fast one request runs then
     depends on the others' texts (what it returns does not)."""
+    pairs: int = 65536
+    """How many rows by two tokens are kept, the latest ones; by one token there are no more than tokens."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= 64:
-            raise PlanError("Recycle's k is out of range.", expected="1 to 64", found=self.k, where="Recycle.k")
+        if not 1 <= self.k <= 64 or self.pairs < 1:
+            raise PlanError(
+                "The options of recycling are out of range.",
+                expected="k of 1 to 64 and pairs of 1 or more",
+                found=f"k {self.k}, pairs {self.pairs}",
+                where="Recycle",
+            )
 
     @property
     def observes(self) -> int:
@@ -44,47 +55,85 @@ class Recycle(TableDrafter):
 
     def table(self, context: Context, prompt_best: np.ndarray | None, target: Target) -> RecycleTable:
         """See `TableDrafter.table`."""
-        rows: dict[int, list[int]] = {}
+        known = Rows(self.pairs)
         if self.shared:
-            # One entry for each token of the vocabulary at most, so a table that outlives its requests is bounded too.
-            held = target.shared.setdefault(repr(self), rows)
-            assert isinstance(held, dict)
-            rows = held
+            held = target.shared.setdefault(repr(self), known)
+            assert isinstance(held, Rows)
+            known = held
         if prompt_best is not None:
-            rows.update(zip(context.tokens[: len(prompt_best)], prompt_best.tolist(), strict=True))
-        return RecycleTable(self.k, rows)
+            tokens = context.tokens[: len(prompt_best)]
+            known.put(zip([tokens[0], *tokens], tokens, prompt_best.tolist(), strict=False))
+        return RecycleTable(self.k, known, context.tokens)
 
 
-class RecycleTable(Table[int]):
-    """Token -> its best next tokens. The state of a place is its last token; the classes of evidence are the ranks."""
+class Rows:
+    """The target's best next tokens, as they were last, by the last token and by the last two."""
 
-    def __init__(self, k: int, rows: dict[int, list[int]]) -> None:
-        self.priors = [_RATES[min(rank, len(_RATES) - 1)] for rank in range(k)]
-        self.rows = rows
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+        self.after: dict[int, list[int]] = {}
+        self.after_two: dict[Pair, list[int]] = {}
 
-    def start(self, context: Context) -> int:
+    def put(self, rows: Iterable[tuple[int, int, list[int]]]) -> None:
+        """Take over (token before the last, last token, best next tokens), of several for the same the last one."""
+        after, after_two = self.after, self.after_two
+        for before, last, best in rows:
+            after[last] = best
+            # Deleting first makes the entry the youngest.
+            after_two.pop((before, last), None)
+            after_two[before, last] = best
+        while len(after_two) > self.pairs:
+            del after_two[next(iter(after_two))]
+
+
+class RecycleTable(Table[Pair]):
+    """The state of a place is its last two tokens.
+
+    The class of a candidate is its rank in the row by two tokens, else in the row by one, else in the prompt.
+    """
+
+    def __init__(self, k: int, known: Rows, prompt: Sequence[int]) -> None:
+        self.k, self.known = k, known
+        self.priors = [rate for first in (0.6, 0.35, 0.3) for rate in (first, *(_later(rank) for rank in range(1, k)))]
+        self.followers: dict[int, list[int]] = {}
+        for last, token in pairwise(prompt):
+            held = self.followers.setdefault(last, [])
+            if token in held:
+                held.remove(token)
+            held.insert(0, token)
+            del held[k:]
+
+    def start(self, context: Context) -> Pair:
         """See `Table.start`."""
-        return context.tokens[-1]
+        return context.tokens[-2] if len(context.tokens) > 1 else context.tokens[-1], context.tokens[-1]
 
-    def step(self, state: int, token: int) -> int:
+    def step(self, state: Pair, token: int) -> Pair:
         """See `Table.step`."""
-        return token
+        return state[1], token
 
-    def candidates(self, state: int) -> Evidence:
+    def candidates(self, state: Pair) -> Evidence:
         """See `Table.candidates`."""
-        row = self.rows.get(state)
-        return [(token, rank) for rank, token in enumerate(row)] if row is not None else []
+        two, one, k = self.known.after_two.get(state), self.known.after.get(state[1]), self.k
+        if one is None:
+            return list(zip(self.followers.get(state[1], ()), range(2 * k, 3 * k), strict=False))
+        if two is None:
+            return list(zip(one, range(k, 2 * k), strict=False))
+        return [*zip(two, range(k), strict=False), *((t, k + rank) for rank, t in enumerate(one) if t not in two)]
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """Take over the rows of the step; of a token that occurs several times the row on the accepted path wins."""
         if outcome.best is None:
             return
-        best = outcome.best[:, : len(self.priors)].tolist()
-        tokens = outcome.tree.tokens
-        root = context.tokens[-len(outcome.path) - 2]
-        rows = self.rows
-        for token, row in zip(tokens, best[1:], strict=True):
-            rows[token] = row
-        rows[root] = best[0]
-        for node in outcome.path:
-            rows[tokens[node]] = best[node + 1]
+        best = outcome.best[:, : self.k].tolist()
+        tokens, parents, path = outcome.tree.tokens, outcome.tree.parents, outcome.path
+        place = len(context.tokens) - len(path) - 2
+        root = context.tokens[place]
+        rejected = set(range(len(tokens))).difference(path)
+        rows = [(tokens[parents[i]] if parents[i] != ROOT else root, tokens[i], best[i + 1]) for i in rejected]
+        rows.append((context.tokens[max(place - 1, 0)], root, best[0]))
+        rows += [(context.tokens[place + depth], tokens[i], best[i + 1]) for depth, i in enumerate(path)]
+        self.known.put(rows)
+
+
+def _later(rank: int) -> float:
+    return 0.24 / (rank + 1) ** 1.3

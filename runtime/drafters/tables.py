@@ -51,17 +51,14 @@ class Table(Protocol[State]):
 class Trust(dict[int, float]):
     """Cell -> how often its candidates are right: the posterior mean of a Beta-distributed rate.
 
-    A cell is a combination of classes, one or none from each table, as a number in mixed radix; see `Tables.cells`.
+    A cell says of each table what it thinks of the candidate, as a number in mixed radix: digit 0 for a table that
+    names nothing at the place, 1 for one that names others only, class + 2 for one that names the candidate.
     The prior of a cell is worth `WEIGHT` trials, and its counts are halved beyond `MEMORY` trials, so that the
     estimate follows the text. There are no more cells than combinations.
     """
 
     WEIGHT = 12.0
     MEMORY = 128.0
-    AGREED = 1.5
-    """On ordinary text the odds of a token rise by about this where a second table names it too,"""
-    ALONE = 0.3
-    """and fall to about this where it does not."""
 
     def __init__(self, priors: Sequence[Sequence[float]]) -> None:
         super().__init__()
@@ -70,15 +67,13 @@ class Trust(dict[int, float]):
         self.seen: dict[int, float] = {}
 
     def __missing__(self, cell: int) -> float:
-        odds, named, rest = 0.0, 0, cell
+        # To begin with a candidate is as good as the best that is said of it; how tables go together is learnt.
+        rate, rest = 0.0, cell
         for rates in self.priors:
-            rest, kind = divmod(rest, len(rates) + 1)
-            if kind:
-                named += 1
-                odds = max(odds, rates[kind - 1] / (1.0 - rates[kind - 1]))
-        if len(self.priors) > 1:
-            odds *= self.AGREED if named > 1 else self.ALONE
-        rate = self[cell] = odds / (1.0 + odds)
+            rest, digit = divmod(rest, len(rates) + 2)
+            if digit > 1:
+                rate = max(rate, rates[digit - 2])
+        self[cell] = rate
         self.right[cell], self.seen[cell] = self.WEIGHT * rate, self.WEIGHT
         return rate
 
@@ -112,18 +107,20 @@ class Tables(Generic[State]):
         self.root = [table.start(context) for table in tables]
         self.radix = [1]
         for table in tables[:-1]:
-            self.radix.append(self.radix[-1] * (len(table.priors) + 1))
+            self.radix.append(self.radix[-1] * (len(table.priors) + 2))
 
     def step(self, states: list[State], token: int) -> list[State]:
         """The states one token on."""
         return [table.step(state, token) for table, state in zip(self.tables, states, strict=True)]
 
     def cells(self, states: list[State]) -> dict[int, int]:
-        """Token -> its cell: over the tables that name it, the sum of (class + 1) times the table's radix."""
+        """Token -> its cell, see `Trust`."""
+        named = [table.candidates(state) for table, state in zip(self.tables, states, strict=True)]
+        heard = sum(radix for radix, evidence in zip(self.radix, named, strict=True) if evidence)
         found: dict[int, int] = {}
-        for table, radix, state in zip(self.tables, self.radix, states, strict=True):
-            for token, kind in table.candidates(state):
-                found[token] = found.get(token, 0) + (kind + 1) * radix
+        for radix, evidence in zip(self.radix, named, strict=True):
+            for token, kind in evidence:
+                found[token] = found.get(token, heard) + (kind + 1) * radix
         return found
 
     def candidates(self, states: list[State]) -> Candidates:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,14 +35,14 @@ def eager(model: PreTrainedModel, tokens: Tensor = TOKENS) -> Tensor:
 
 def state_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """Everything that capture could have changed."""
+    containers = (dict, list, tuple)
     configs = [str(vars(module.config)) for module in model.modules() if hasattr(module, "config")]
     attributes = [
-        {name: id(value) for name, value in vars(module).items() if not name.startswith("_")}
+        {key: str(value) if isinstance(value, containers) else id(value) for key, value in vars(module).items()}
         for module in model.modules()
     ]
-    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     tensors = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
-    return configs, attributes, hooks, {name: identity for name, (identity, _) in tensors.items()}
+    return configs, attributes, {name: identity for name, (identity, _) in tensors.items()}
 
 
 def test_the_model_is_as_before_after_capture() -> None:
@@ -74,12 +73,12 @@ def test_the_model_is_as_before_after_a_refusal() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "nanochat"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "nanochat"])
 def test_every_floating_dtype_is_captured(name: str, dtype: torch.dtype, limit: float) -> None:
     layers = {"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 1}
-    layers |= {"layer_types": ["sliding_attention"]} if name == "gemma2" else {}
+    layers |= {"layer_types": ["sliding_attention"]} if name == "gemma3_text" else {}
     model = build(name, dtype=dtype, **layers)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa" if dtype == torch.float64 else "eager")  # eager's softmax is always float32
     program = dense_program(model)
     assert (dense_logits(program, TOKENS) - eager(model)).abs().max() <= limit
     decoder = Decoder(flat_program(program))
@@ -172,7 +171,7 @@ def test_python_that_looks_at_the_values_is_refused_with_the_module() -> None:
 
 
 def test_positions_of_the_models_own_are_refused() -> None:
-    model = one_layer("opt", num_hidden_layers=1)
+    model = one_layer("opt")
     forward = model.forward
 
     def shifted(*args: Any, position_ids: Tensor | None = None, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -229,10 +228,6 @@ def test_quantised_weights_are_refused() -> None:
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
     with pytest.raises(CaptureError, match=r"quantised(.|\n)*int8(.|\n)*up_proj"):
         capture(model)
-    other = one_layer()
-    other.hf_quantizer = SimpleNamespace()
-    with pytest.raises(CaptureError, match="quantised"):
-        capture(other)
 
 
 def test_attention_with_an_unknown_argument_is_refused() -> None:

@@ -13,11 +13,18 @@ from graft.compiler.capture import capture
 from graft.compiler.errors import CaptureError
 from graft.compiler.rope import GROWING
 from tests.compiler.programs import Decoder, dense_logits, dense_program, flat_program
-from tests.families import CAPTURED, FAMILIES, ORIGINAL_LENGTH, ROPE_VARIANTS, VOCABULARY, build, rope_overrides
+from tests.families import (
+    CAPTURED,
+    FAMILIES,
+    ORIGINAL_LENGTH,
+    REFUSED_ROPES,
+    ROPE_VARIANTS,
+    VOCABULARY,
+    build,
+    rope_overrides,
+)
 
 LENGTH = ORIGINAL_LENGTH + 8
-REFUSED_ROPES = {("phimoe", "longrope")}
-"""phimoe scales by the longest position in Python, so that its longrope has no per-token form."""
 CASES = [
     (name, kind)
     for name in CAPTURED

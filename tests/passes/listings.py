@@ -50,7 +50,7 @@ class Weights(nn.Module):
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        for name, shape in shapes.items():
+        for name, shape in {"unread": (1,), **shapes}.items():  # a function's device is its first parameter's
             self.register_parameter(name, nn.Parameter(torch.randn(shape)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_one_meaning_has_one_spelling(target: Any, args: tuple, expected: str) -
 def test_a_list_of_parts_becomes_one_view_for_each_part(target: Any, args: tuple, expected: list[str]) -> None:
     sheet = Sheet(X, {})
     parts = sheet.graph.call_function(target, (sheet["x"], *args))
-    function = sheet.function(*(sheet.graph.call_function(canonicalise.operator.getitem, (parts, i)) for i in (0, 1)))
+    function = sheet.function(*(sheet.graph.call_function(operator.getitem, (parts, i)) for i in (0, 1)))
     transform(function, Canonicalise())
     assert outputs(function) == expected
 

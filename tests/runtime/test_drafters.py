@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graft.compiler.drafting import ROOT, Context, Drafter, Drafting, DraftTree, Outcome
 from graft.compiler.errors import PlanError
 from graft.runtime.drafters.lookup import Lookup, LookupTable
-from graft.runtime.drafters.recycle import Recycle
+from graft.runtime.drafters.recycle import Recycle, RecycleTable, Rows
 from graft.runtime.drafters.tables import TableDrafter, Trust
 from graft.runtime.drafters.trie import Branches, Trie
 from graft.runtime.tree_policies import BestFirst, Chain
@@ -127,12 +127,30 @@ def test_the_index_of_lookup_is_bounded_by_its_window_and_forgets_the_oldest_fir
 
 
 def test_recycle_proposes_what_the_target_thought_after_the_token_last_time() -> None:
-    drafting, context = opened(Recycle(k=3), [1, 2, 3])
+    drafting, context = opened(Recycle(k=3), [1, 3])
     assert len(drafting.propose([context], [8])[0]) == 0
     follow(drafting, context, [4, 5, 3], k=3)
     (tree,) = drafting.propose([context], [8])
     assert {tree.tokens[child] for child in tree.children()[ROOT]} == {4, 50, 51}
     assert tree.tokens[:2] == [4, 5]
+
+
+def test_recycle_asks_the_last_two_tokens_before_the_last_one_and_then_the_prompt() -> None:
+    known = Rows(pairs=10)
+    table = RecycleTable(2, known, [9, 4, 9, 6, 9, 4])
+    assert table.candidates((1, 9)) == [(4, 4), (6, 5)]
+    known.put([(1, 5, [11, 13]), (2, 5, [12, 13])])
+    assert table.candidates((1, 5)) == [(11, 0), (13, 1), (12, 2)]
+    assert table.candidates((3, 5)) == [(12, 2), (13, 3)]
+    assert table.candidates((1, 8)) == []
+
+
+def test_the_rows_by_two_tokens_are_bounded_and_the_oldest_goes_first() -> None:
+    known = Rows(pairs=3)
+    known.put((token, 1, [token]) for token in range(3))
+    known.put([(0, 1, [7]), (5, 1, [5])])
+    assert set(known.after_two) == {(2, 1), (0, 1), (5, 1)}
+    assert known.after == {1: [5]}
 
 
 def test_recycle_learns_from_rows_that_were_rejected() -> None:
@@ -271,22 +289,29 @@ def test_a_repeating_text_is_soon_drafted_as_far_as_the_budget_goes(drafter: Tab
 
 
 def test_trust_moves_from_the_prior_to_what_is_seen_and_follows_a_change() -> None:
-    trust = Trust([[0.5, 0.2]])
-    assert (trust[1], trust[2]) == (0.5, pytest.approx(0.2))
+    trust, first, second = Trust([[0.5, 0.2]]), 2, 3
+    assert (trust[first], trust[second]) == (0.5, 0.2)
     for _ in range(400):
-        trust.learn([1, 2], 2)
-    assert trust[1] < 0.05
-    assert trust[2] > 0.95
+        trust.learn([first, second], second)
+    assert trust[first] < 0.05
+    assert trust[second] > 0.95
     assert max(trust.seen.values()) <= Trust.MEMORY
     for _ in range(150):
-        trust.learn([1, 2], 1)
-    assert trust[1] > 0.5 > trust[2]
+        trust.learn([first, second], first)
+    assert trust[first] > 0.5 > trust[second]
 
 
-def test_two_tables_that_agree_are_trusted_more_than_one_that_stands_alone() -> None:
+def test_candidates_that_tables_agree_on_are_learnt_apart_from_those_that_stand_alone() -> None:
+    """Digits: 0 for a table that is silent, 1 for one that names others, 2 for its only class."""
     trust = Trust([[0.5], [0.4]])
-    lookup_alone, recycle_alone, both = trust[1], trust[2], trust[3]
-    assert both > 0.5 > lookup_alone > recycle_alone
+    alone, against, both = 2, 2 + 3, 2 + 3 * 2
+    assert [trust[cell] for cell in (alone, against, both, 1 + 3 * 2)] == [0.5, 0.5, 0.5, 0.4]
+    for _ in range(100):
+        trust.learn([both, 1 + 3 * 2], both)
+        trust.learn([against, 1 + 3 * 2], None)
+    assert trust[both] > 0.8
+    assert trust[against] < 0.2
+    assert trust[alone] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -298,6 +323,7 @@ def test_two_tables_that_agree_are_trusted_more_than_one_that_stands_alone() -> 
         lambda: Lookup(window=3),
         lambda: Recycle(k=0),
         lambda: Recycle(k=65),
+        lambda: Recycle(pairs=0),
         lambda: Trie(branch=1),
         lambda: Trie(nodes=3),
     ],

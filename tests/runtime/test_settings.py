@@ -205,7 +205,7 @@ def test_a_seed_that_is_none_is_refused(seed: object) -> None:
         ({"input_ids": torch.tensor([1, 2])}, "not token ids"),
         ({"inputs": IDS}, "the same argument"),
         ({"generation_config": {"max_new_tokens": 3}}, "generation_config is of another type"),
-        ({"streamer": object()}, "a streamer takes a batch of one"),
+        ({"streamer": object()}, "a streamer takes one sequence"),
         ({"max_length": 2}, "max_length"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),

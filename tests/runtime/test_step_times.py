@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from graft.runtime import step_times
+from graft.runtime.controllers import Adaptive
 from graft.runtime.decoder import Decoder
+from graft.runtime.drafters.lookup import Lookup
 from graft.runtime.step_times import ANCHORS, StepTimes
-from tests.runtime.decoding import decoder
+from tests.runtime.decoding import decoder, generator, prompts
 
 
 @pytest.fixture
@@ -69,3 +71,11 @@ def test_a_measurement_runs_the_decoder_and_leaves_it_as_it_was() -> None:
     held.close(slot)
     assert len(held.store.free) == len(held.store.lengths)
     assert not any(held.store.pending)
+
+
+def test_measuring_is_told_apart_from_drafting() -> None:
+    made = generator(Lookup(), controller=Adaptive())
+    made.generate(**prompts(6), max_new_tokens=12)
+    assert made.stats["calibration_seconds"] == pytest.approx(made.step_times.spent) != 0
+    made.generate(**prompts(6), max_new_tokens=12)
+    assert made.stats["draft_seconds"] >= 0

@@ -48,7 +48,9 @@ demo: installed-demo  ## compile SmolLM2-135M, answer a prompt, compare with tra
 
 test: lint  ## ruff, mypy and all tests, the real model's included
 	echo "graft: running the tests"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	# One worker for each core, one thread each: tiny models gain nothing from more, and threads of several processes
+	# that wait for each other lose much.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: installed-test  ## ruff and mypy
 	failed=0

@@ -98,7 +98,7 @@ class View:
 
 
 def changed_nodes(before: Program, after: Program) -> Iterator[tuple[str, str]]:
-    """(function, node) of every call that is new or has other arguments; what counts as a match by itself."""
+    """(function, node) of every node that is new or has other arguments."""
     for name, function in after.functions.items():
         old = before.functions[name].graph.nodes if name in before.functions else ()
         known = {node.name: (str(node.target), str(node.args), str(node.kwargs)) for node in old}

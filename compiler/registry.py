@@ -90,7 +90,7 @@ def names(base: type) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def offered(path: tuple[str, ...]) -> EntryPoints:
-    """The entry points of the packages on this path (sys.path, which it must be); looking through them takes a while."""
+    """The entry points of the packages on this path (sys.path, always); finding them takes a while."""
     return entry_points(group=ENTRY_POINTS)
 
 

@@ -20,6 +20,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from graft.compiler.errors import CaptureError
 
+Rotation = tuple[Tensor, Tensor] | Tensor
+"""What a rotary module returns: cos and sin, or one complex tensor."""
+
 
 @contextlib.contextmanager
 def per_token_rope(model: nn.Module) -> Iterator[None]:
@@ -57,9 +60,7 @@ class WithFrequencies:
         return self.frequencies if name == self.name else getattr(self.module, name)
 
 
-def rope_forward(
-    module: Any, path: str, x: Tensor, position_ids: Tensor, layer_type: str | None = None
-) -> tuple[Tensor, Tensor]:
+def rope_forward(module: Any, path: str, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Rotation:
     """cos and sin as the module's own forward computes them, with each token's own frequencies."""
     kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
     rotate = inspect.unwrap(type(module).forward)
@@ -77,7 +78,7 @@ def rope_forward(
         ) from error
 
 
-def longrope(module: Any, options: Any, positions: Tensor, layer_type: str | None, apply: Any) -> tuple[Tensor, Tensor]:
+def longrope(module: Any, options: Any, positions: Tensor, layer_type: str | None, apply: Any) -> Rotation:
     """The short factors for positions below the original length, the long ones from there on."""
     original = options["original_max_position_embeddings"]
     extra = {} if layer_type is None else {"layer_type": layer_type}
@@ -86,10 +87,12 @@ def longrope(module: Any, options: Any, positions: Tensor, layer_type: str | Non
         apply(init(module.config, positions.device, seq_len=length, **extra)[0]) for length in (original, original + 1)
     )
     beyond = (positions + 1 > original)[..., None]
+    if isinstance(short, Tensor):  # cos and sin as one complex tensor
+        return torch.where(beyond, long, short)
     return torch.where(beyond, long[0], short[0]), torch.where(beyond, long[1], short[1])
 
 
-def dynamic(module: Any, options: Any, positions: Tensor, layer_type: str | None, apply: Any) -> tuple[Tensor, Tensor]:
+def dynamic(module: Any, options: Any, positions: Tensor, layer_type: str | None, apply: Any) -> Rotation:
     """NTK-aware scaling whose base grows with the position (transformers' "dynamic")."""
     config = module.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 TOLERANCE: dict[torch.dtype, float] = {
-    torch.float64: 1e-11,
+    torch.float64: 1e-12,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
+    torch.bfloat16: 5e-2,
 }
 """Dtype of the weights -> largest difference between two logits of one token, as a fraction of the largest logit.
 
-An exact pass may reorder additions, and the rounding of one layer is amplified by the next. Measured on tiny random
-models of 30 families, the largest fraction is some 30 times smaller than each of these in float64 and float32.
+An exact pass may reorder additions, and the rounding of one layer is amplified by the next. Over tiny random models of
+every family the largest is 2e-15 in float64, 1e-6 in float32 and 1e-3 in float16; the rest is room for deep models.
 """
 
 
@@ -28,7 +28,7 @@ def difference(before: Tensor, after: Tensor) -> float:
     if not before.numel():
         return 0.0
     same = (before == after) | (before.isnan() & after.isnan())
-    gap = torch.where(same, 0.0, (before - after).abs()).nan_to_num(nan=float("inf")).max().item()
+    gap = torch.where(same, 0.0, (before - after).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
     return gap / max(finite_maximum(before), torch.finfo(before.dtype).tiny)
 
 

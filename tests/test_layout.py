@@ -60,7 +60,9 @@ def test_nodes_are_made_by_the_helper_alone() -> None:
         for path in SOURCES
         if re.search(r"\.call_function\(|\.create_node\(", path.read_text(encoding="utf-8"))
     ]
-    assert {maker for maker in makers if not maker.startswith("codegen/")} == {"compiler/nodes.py"}
+    # decompositions.py rewrites export's graph, before it is a program's.
+    elsewhere = {maker for maker in makers if not maker.startswith("codegen/")}
+    assert elsewhere == {"compiler/nodes.py", "compiler/decompositions.py"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

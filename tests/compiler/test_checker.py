@@ -183,7 +183,6 @@ MIXING: dict[str, tuple[Any, tuple]] = {
     "std along dim 1": (aten.std.correction, ([1],)),
     "select along dim 1": (aten.select.int, (1, 0)),
     "slice along dim 1": (aten.slice.Tensor, (1, 1)),
-    "constant_pad_nd along dim 1": (aten.constant_pad_nd.default, ([0, 0, 1, 0],)),
     "reshape takes elements": (aten.reshape.default, ()),
 }
 
@@ -199,6 +198,12 @@ def test_an_operator_along_the_tokens_is_caught(found: str) -> None:
     assert error.problem == "a value is combined across tokens outside attention"
     assert str(error.found).startswith(found.replace("softmax.int", "softmax"))
     assert node.name in str(error.where) and "model.layers.0" in str(error.where)
+
+
+def test_padding_between_the_tokens_is_caught() -> None:
+    function = dense()
+    node = insert(function, aten.constant_pad_nd.default, stream(function), [0, 0, 1, 0])
+    assert f"%{node.name} " in str(checked(function).where)
 
 
 def turned(function: Function, x: fx.Node) -> fx.Node:

@@ -179,10 +179,11 @@ def captured_cells(name: str) -> list[str]:
     error = max(found.dense, found.flat)
     bound = f"≤ {LIMIT:.0e}" if error <= LIMIT else f"{error:.0e}"
     window = "none" if not any(found.windows) else "every layer" if all(found.windows) else "some layers"
-    refused = [kind for kind in kinds or () if (name, kind) in REFUSED_ROPES]
-    ropes = "no rope" if kinds is None else "all" if kinds == ROPE_TYPES else ", ".join(kinds) or "its own"
+    right = ", ".join(kind for kind in kinds or () if (name, kind) not in REFUSED_ROPES)
+    refused = ", ".join(kind for kind in kinds or () if (name, kind) in REFUSED_ROPES)
+    ropes = "no rope" if kinds is None else "all" if kinds == ROPE_TYPES else right or "its own"
     if refused:
-        ropes += f" (refused: {', '.join(refused)})"
+        ropes += f"; {refused} is refused"
     return ["yes", found.blocks, bound, ropes, window, ""]
 
 

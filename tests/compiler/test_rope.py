@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from graft.compiler.capture import capture
@@ -29,8 +29,9 @@ CASES = [
     (name, kind)
     for name in CAPTURED
     for kind in ROPE_VARIANTS.get(name, ())
-    if (name, kind) not in REFUSED_ROPES
+    if (name, kind) not in REFUSED_ROPES and kind != "default"
 ]
+"""The default rope is in every test of the family."""
 
 
 def shallow(name: str, kind: str) -> PreTrainedModel:
@@ -63,8 +64,10 @@ def one_by_one(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_rope_rotates_as_transformers_does_when_it_decodes(name: str, kind: str) -> None:
     model, tokens = shallow(name, kind), prompt()
-    program = dense_program(model)
-    assert (dense_logits(program, tokens) - one_by_one(model, tokens)).abs().max() <= 1e-5
+    captured = capture(model)
+    with torch.no_grad():
+        found = fx.GraphModule(captured.weights, captured.graph)(tokens, torch.arange(LENGTH)[None])[0]
+    assert (found - one_by_one(model, tokens)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("kind", sorted(GROWING))

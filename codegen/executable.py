@@ -10,17 +10,9 @@ from torch import Tensor
 class Executable(Protocol):
     """A lowered function on flat rows (compiler.program.FLAT). States are written in place and not returned."""
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        sequences: Tensor,
-        parents: Tensor,
-        lengths: Tensor,
-        wanted: Tensor,
-        *states: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """logits [R, vocabulary] float32 (float64 for a float64 model), hidden [N, width] in the model's dtype."""
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of FLAT in that order, then the states. Returns logits [R, vocabulary] float32 (float64 for a
+        float64 model) and hidden [N, width] in the model's dtype."""
 
     @property
     def invariant(self) -> bool:

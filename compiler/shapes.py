@@ -33,7 +33,7 @@ class Fakes:
         """The symbol of that name; the same one every time."""
         if name not in self.symbols:
             context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            example = self.mode.from_tensor(
+            example: Any = self.mode.from_tensor(
                 torch.empty(EXAMPLE_SIZES[name]), source=ConstantSource(name), symbolic_context=context
             )
             self.symbols[name] = example.shape[0]

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--nodes", type=int, default=16, help="rows drafted per step, the root not counted")
     parser.add_argument("--batch", type=int, default=6, help="sequences decoded at once")
+    parser.add_argument("--only", choices=list(DRAFTERS), nargs="*", default=list(DRAFTERS), help="these drafters")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--save", default="accept", help="name of the record under benchmarks/results")
     arguments = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     results: dict[str, dict] = {}
     plain: list[list[int]] = []
     with Progress(console=console) as progress:
-        for name, drafters in {"plain": [], **DRAFTERS}.items():
+        for name, drafters in {"plain": [], **{name: DRAFTERS[name] for name in arguments.only}}.items():
             tree = graft.Tree(nodes=arguments.nodes)
             fast = graft.compile(model, graft.Plan(draft=drafters, tree=tree, controller=graft.FixedBudget()))
             task = progress.add_task(name, total=len(prompts))
@@ -61,6 +62,7 @@ def main() -> None:
             plain = plain or ids
             same = sum(a == b for a, b in zip(ids, plain, strict=True))
             results[name] = {**summary(prompts, runs), "prompts_with_the_same_ids_as_plain": f"{same} of {len(ids)}"}
+            console.print(f"{name}: {results[name]['tokens_per_verification']['all']:.2f} tokens per verification")
     console.print(table(results))
     settings = {"new_tokens": arguments.new_tokens, "nodes": arguments.nodes, "dtype": arguments.dtype}
     path = save(arguments.save, {**settings, "prompt_count": len(prompts), "results": results}, arguments.prompts)

@@ -155,6 +155,7 @@ def annotate(graph: fx.Graph) -> None:
 
 
 def code_line(trace: str | None) -> str:
-    """The innermost frame of a recorded stack, as file:line."""
+    """The innermost frame of a recorded stack that is not torch's own, as file:line."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
+    frames = [frame for frame in frames if "/torch/" not in frame[0]] or frames
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from graft.compiler.canonical import ATTENTION, NOT_CANONICAL, STATE_WRITES, graft, is_functional
 from graft.compiler.errors import CheckError
-from graft.compiler.nodes import evaluate, origin_of
+from graft.compiler.nodes import place_of
 from graft.compiler.program import Function, KVState, Program
-from graft.compiler.shapes import Fakes, attribute, same_type
+from graft.compiler.shapes import Values, attribute, derive, same_type
 from graft.compiler.token_rule import Sizes, mixes_tokens
-
-Values = dict[fx.Node, Any]
-"""Fake value of every node, derived afresh."""
 
 
 def check(program: Program, where: str = "") -> None:
@@ -60,12 +56,6 @@ def check_function(function: Function) -> None:
     check_output(function, values, sizes)
     for state in function.states:
         check_state(function, state, values)
-
-
-def place_of(node: fx.Node) -> str:
-    """A node as errors name it: the call, the module whose forward made it, the line of its code."""
-    origin = origin_of(node)
-    return f"{node.format_node()} in {origin.module or 'no module'}" + (f" ({origin.source})" if origin.source else "")
 
 
 def check_graph(function: Function) -> None:
@@ -155,78 +145,10 @@ def check_linear_rows(function: Function, node: fx.Node) -> None:
 
 
 def derived_values(function: Function) -> tuple[Values, Sizes]:
-    """Every node's fake value, derived from the signature; equal calls on equal types are derived once, so that a
-    model costs little more than one of its layers."""
-    fakes = Fakes()
-    device = next(function.weights.parameters()).device
-    specs = (*function.inputs, *(state.input for state in function.states))
-    inputs = {spec.name: fakes.tensor(spec.sizes, spec.dtype, device) for spec in specs}
-    values: Values = {}
-    known: dict[Any, Any] = {}
-    keys: dict[int, Any] = {}
-    with fakes.mode, torch.no_grad():
-        for node in function.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = inputs[node.name]
-            elif node.op == "get_attr":
-                values[node] = fakes.parameter(attribute(function.weights, node.target))
-            elif node.op == "call_function":
-                key = (node.target, call_key(node.args, values, keys), call_key(node.kwargs, values, keys))
-                if key not in known:
-                    known[key] = derive_one(node, values)
-                    refuse_fixed_sizes(node, fakes)
-                values[node] = known[key]
+    """Every node's fake value, derived from the signature, and the names of the sizes in them."""
+    inputs, fakes = function.fake_inputs()
+    values = derive(function.graph, function.weights, inputs, fakes)
     return values, Sizes({size.node.expr: name for name, size in fakes.symbols.items()})
-
-
-def call_key(argument: Any, values: Values, keys: dict[int, Any]) -> Any:
-    """What the type of a call's result depends on: the types of its operands and its constants."""
-    if isinstance(argument, fx.Node):
-        value = values[argument]
-        if id(value) not in keys:
-            keys[id(value)] = type_key(value)
-        return keys[id(value)]
-    if isinstance(argument, (list, tuple)):
-        return tuple(call_key(element, values, keys) for element in argument)
-    if isinstance(argument, dict):
-        return tuple((name, call_key(element, values, keys)) for name, element in argument.items())
-    if isinstance(argument, slice):
-        return ("slice", *(call_key(part, values, keys) for part in (argument.start, argument.stop, argument.step)))
-    return type(argument), argument
-
-
-def type_key(value: Any) -> Any:
-    """The type of a fake value, strides included: whether a reshape is a view depends on them."""
-    if isinstance(value, Tensor):
-        sizes = (*value.shape, "strides", *value.stride())
-        return value.dtype, tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
-    if isinstance(value, (list, tuple)):
-        return tuple(map(type_key, value))
-    return ("size", value.node.expr) if isinstance(value, torch.SymInt) else (type(value), value)
-
-
-def derive_one(node: fx.Node, values: Values) -> Any:
-    """The fake value of one call."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-    try:
-        return evaluate(node.target, args, kwargs)
-    except Exception as error:
-        lines = str(error).splitlines() or [""]
-        raise CheckError(
-            "a node's operands do not fit together", found=f"{type(error).__name__}: {lines[0]}", where=place_of(node)
-        ) from error
-
-
-def refuse_fixed_sizes(node: fx.Node, fakes: Fakes) -> None:
-    """An operator's shape rule may only hold for one value of a dynamic size, which then is a number from there on."""
-    fixed = [name for name, size in fakes.symbols.items() if size.node.expr.is_number]
-    if fixed:
-        raise CheckError(
-            "an operator fixes a dynamic size",
-            expected=f"a shape rule for every {' and '.join(fixed)}",
-            found=getattr(node.target, "__name__", node.target),
-            where=place_of(node),
-        )
 
 
 def check_value(node: fx.Node, derived: Any) -> None:

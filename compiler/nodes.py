@@ -31,6 +31,12 @@ def origin_of(node: fx.Node) -> Origin:
     return node.meta.get("origin", Origin())
 
 
+def place_of(node: fx.Node) -> str:
+    """A node as errors name it: the call, the module whose forward made it, the line of its code."""
+    origin = origin_of(node)
+    return f"{node.format_node()} in {origin.module or 'no module'}" + (f" ({origin.source})" if origin.source else "")
+
+
 def value_of(argument: Any) -> Any:
     """The argument with every node replaced by its fake value (meta["val"])."""
     return map_arg(argument, lambda node: node.meta["val"])

@@ -94,17 +94,20 @@ class Function:
         return next(node for node in self.graph.nodes if node.op == "placeholder" and node.name == name)
 
     def module(self) -> fx.GraphModule:
-        """The function as a module that runs it with the operators' reference meaning."""
-        return fx.GraphModule(self.weights, self.graph)
+        """A module that runs the function with the operators' reference meaning. It owns a copy of the graph: a module
+        checks its own graph's parameters against itself, which would refuse those that later passes add."""
+        return fx.GraphModule(self.weights, copy.deepcopy(self.graph))
+
+    def fake_inputs(self) -> tuple[dict[str, Any], Fakes]:
+        """A fake value for each input and state by name, and what they were made with."""
+        fakes, device = Fakes(), next(self.weights.parameters()).device
+        specs = (*self.inputs, *(state.input for state in self.states))
+        return {spec.name: fakes.tensor(spec.sizes, spec.dtype, device) for spec in specs}, fakes
 
     def derive(self) -> None:
         """Derive every node's fake value afresh from the signature."""
-        fakes = Fakes()
-        device = next(self.weights.parameters()).device
-        inputs = (*self.inputs, *(state.input for state in self.states))
-        derive(
-            self.graph, self.weights, {i.name: fakes.tensor(i.sizes, i.dtype, device) for i in inputs}, fakes
-        )
+        for node, value in derive(self.graph, self.weights, *self.fake_inputs()).items():
+            node.meta["val"] = value
 
     def copy(self) -> Function:
         """The same function over a copied graph; parameters are shared."""

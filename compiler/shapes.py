@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from graft.compiler.errors import CheckError
-from graft.compiler.nodes import evaluate, origin_of
+from graft.compiler.nodes import evaluate, place_of
 
 EXAMPLE_SIZES = {"B": 3, "L": 7, "N": 11, "S": 5, "R": 9, "C": 13}
 """Concrete sizes behind the symbols, all different so that a mix-up shows: batch, length, rows, slots, wanted rows,
@@ -52,23 +52,82 @@ class Fakes:
         return self.static[id(tensor)]
 
 
-def derive(graph: fx.Graph, weights: nn.Module, inputs: dict[str, Any], fakes: Fakes) -> None:
-    """Fill every node's meta["val"] afresh from the fake inputs, by placeholder name."""
-    with fakes.mode:
+Values = dict[fx.Node, Any]
+"""Node -> its fake value."""
+
+
+def derive(graph: fx.Graph, weights: nn.Module, inputs: dict[str, Any], fakes: Fakes) -> Values:
+    """Every node's fake value from the fake inputs, by placeholder name; meta["val"] is neither read nor written.
+
+    Equal calls on equal types are derived once, so that a model costs little more than one of its layers. Raises
+    CheckError for a call whose operands do not fit together, or that fixes a dynamic size.
+    """
+    values: Values = {}
+    known: dict[Any, Any] = {}
+    keys: dict[int, Any] = {}
+    with fakes.mode, torch.no_grad():
         for node in graph.nodes:
             if node.op == "placeholder":
-                node.meta["val"] = inputs[node.name]
+                values[node] = inputs[node.name]
             elif node.op == "get_attr":
-                node.meta["val"] = fakes.parameter(attribute(weights, node.target))
+                values[node] = fakes.parameter(attribute(weights, node.target))
             elif node.op == "call_function":
-                try:
-                    node.meta["val"] = evaluate(node.target, node.args, node.kwargs)
-                except Exception as error:
-                    raise CheckError(
-                        "a node's shape cannot be derived",
-                        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                        where=f"{node.format_node()} ({origin_of(node).module or 'no module'})",
-                    ) from error
+                key = (node.target, call_key(node.args, values, keys), call_key(node.kwargs, values, keys))
+                if key not in known:
+                    known[key] = derive_one(node, values)
+                    refuse_fixed_sizes(node, fakes)
+                values[node] = known[key]
+    return values
+
+
+def call_key(argument: Any, values: Values, keys: dict[int, Any]) -> Any:
+    """What the type of a call's result depends on: the types of its operands and its constants."""
+    if isinstance(argument, fx.Node):
+        value = values[argument]
+        if id(value) not in keys:
+            keys[id(value)] = type_key(value)
+        return keys[id(value)]
+    if isinstance(argument, (list, tuple)):
+        return tuple(call_key(element, values, keys) for element in argument)
+    if isinstance(argument, dict):
+        return tuple((name, call_key(element, values, keys)) for name, element in argument.items())
+    if isinstance(argument, slice):
+        return ("slice", *(call_key(part, values, keys) for part in (argument.start, argument.stop, argument.step)))
+    return type(argument), argument
+
+
+def type_key(value: Any) -> Any:
+    """The type of a fake value, strides included: whether a reshape is a view depends on them."""
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, "strides", *value.stride())
+        return value.dtype, tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(type_key, value))
+    return ("size", value.node.expr) if isinstance(value, torch.SymInt) else (type(value), value)
+
+
+def derive_one(node: fx.Node, values: Values) -> Any:
+    """The fake value of one call."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+    try:
+        return evaluate(node.target, args, kwargs)
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        raise CheckError(
+            "a node's operands do not fit together", found=f"{type(error).__name__}: {lines[0]}", where=place_of(node)
+        ) from error
+
+
+def refuse_fixed_sizes(node: fx.Node, fakes: Fakes) -> None:
+    """An operator's shape rule may only hold for one value of a dynamic size, which then is a number from there on."""
+    fixed = [name for name, size in fakes.symbols.items() if size.node.expr.is_number]
+    if fixed:
+        raise CheckError(
+            "an operator fixes a dynamic size",
+            expected=f"a shape rule for every {' and '.join(fixed)}",
+            found=getattr(node.target, "__name__", node.target),
+            where=place_of(node),
+        )
 
 
 def attribute(module: nn.Module, path: str) -> Any:

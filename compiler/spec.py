@@ -45,7 +45,7 @@ def show_value(value: Any, top: bool = False) -> str:
     if isinstance(value, (tuple, list)):
         elements = ",".join(show_value(element) for element in value)
         return elements if top else f"({elements})"
-    return scalar_text(value)
+    return scalar_text(writable(value))
 
 
 def parse(text: str, base: type) -> Any:
@@ -66,7 +66,19 @@ def to_plain(value: Any) -> Any:
         return name | {field.name: to_plain(getattr(value, field.name)) for field in changed_fields(value)}
     if isinstance(value, (tuple, list)):
         return [to_plain(element) for element in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path) else writable(value)
+
+
+def writable(value: Any) -> Any:
+    """The value, if it can be written down. Raises PlanError for an object that lives in this process alone."""
+    if value is None or isinstance(value, (bool, int, float, str, dict)):
+        return value
+    raise PlanError(
+        "a plan that holds an object of this process cannot be written down",
+        expected="text, numbers and components",
+        found=type(value).__name__,
+        remedy="keep such a plan as Python",
+    )
 
 
 def conformed(component: Any) -> Any:

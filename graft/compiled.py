@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from graft.compiler.passing import spec_name
 from graft.compiler.plan import Plan
 from graft.compiler.program import Program
 from graft.report import render_report
@@ -46,4 +47,5 @@ class CompiledModel:
         return render_report(self.program.records, self.stats, function=self.program["forward"])
 
     def __repr__(self) -> str:
-        return f"CompiledModel({self.program.node_count} nodes, plan {self.plan.spec()!r})"
+        drafters = ", ".join(spec_name(type(drafter).__name__) for drafter in self.plan.draft)
+        return f"CompiledModel({self.program.node_count} nodes, drafted by {drafters or 'nothing'})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from graft.codegen.lowering import lower
 from graft.compiled import CompiledModel
 from graft.compiler.capture import capture, check_model
+from graft.compiler.errors import PlanError
 from graft.compiler.host import plain_host, speculative_host
 from graft.compiler.passing import Pass
 from graft.compiler.pipeline import run_passes
@@ -39,7 +40,11 @@ def compile(model: PreTrainedModel, plan: Plan | None = None, *, progress: Progr
     copied. Without a plan, plain decoding. Raises PlanError before anything runs if the plan's parts do not go
     together, CaptureError if the model cannot be captured, PassError or CheckError if a pass fails.
     """
-    plan = plan or Plan()
+    plan = Plan() if plan is None else plan
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            "compile() takes a Plan", found=type(plan).__name__, remedy="Plan.from_spec and Plan.from_toml read text"
+        )
     plan.check()
     check_model(model)
     face = ModelFace.of(model)
@@ -50,13 +55,15 @@ def compile(model: PreTrainedModel, plan: Plan | None = None, *, progress: Progr
     program.host = speculative_host() if plan.draft else plain_host()
     run_passes(program, pipeline(plan), sample=plan.sample, progress=lambda name, *_: say(f"running pass {name}"))
     say("lowering")
-    decoder = decoder_of(program["forward"], model)
+    decoder, drafter, policy = decoder_of(program["forward"], model), merged(plan), plan.tree.policy or BestFirst()
+    if drafter is not None:
+        drafter.open(decoder, policy)  # a drafter that does not fit this model says so now, not when text is wanted
     generator = Generator(
         decoder,
         face,
         program.host,
-        drafter=merged(plan),
-        policy=plan.tree.policy or BestFirst(),
+        drafter=drafter,
+        policy=policy,
         controller=plan.controller or Adaptive(),
         verifier=plan.verifier,
         nodes=plan.tree.nodes + 1,

@@ -61,6 +61,10 @@ def passes_table(records: Sequence[PassRecord]) -> Table:
     """What each pass did; a pass's notes stand below it."""
     numbers = ("matches", "nodes", "parameters", "ms")
     table = new_table("Passes", ("pass", "contract", *numbers, "check"), numbers)
+    samples = {sample for _, on, sample in (record.check.rpartition(", on ") for record in records) if on}
+    shared = f", on {samples.pop()}" if len(samples) == 1 else ""
+    if shared:
+        table.caption, table.caption_justify, table.caption_style = f"checked{shared[1:]}", "left", ""
     for record in records:
         table.add_row(
             record.name,
@@ -69,7 +73,7 @@ def passes_table(records: Sequence[PassRecord]) -> Table:
             change(str(record.nodes_before), str(record.nodes_after)),
             change(bytes_text(record.bytes_before), bytes_text(record.bytes_after)),
             f"{record.seconds * 1000:.0f}",
-            "\n".join([record.check, *record.notes]).strip(),
+            "\n".join([record.check.removesuffix(shared), *record.notes]).strip(),
         )
     total = sum(record.seconds for record in records)
     table.add_section()

@@ -281,3 +281,6 @@ def randomise(model: nn.Module) -> None:
                 tensor.add_(0.1 * noise)
             else:
                 tensor.copy_(0.125 * noise)
+        for module in model.modules():
+            if type(module).__name__.endswith("LayerNorm1P"):  # scales by 1 + weight, but its weight starts at 1
+                module.weight.sub_(1.0)

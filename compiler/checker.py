@@ -147,7 +147,7 @@ def check_linear_rows(function: Function, node: fx.Node) -> None:
 def derived_values(function: Function) -> tuple[Values, Sizes]:
     """Every node's fake value, derived from the signature, and the names of the sizes in them."""
     inputs, fakes = function.fake_inputs()
-    values = derive(function.graph, function.weights, inputs, fakes)
+    values = derive(function.graph, function.weights, inputs, fakes, strict=True)
     return values, Sizes({size.node.expr: name for name, size in fakes.symbols.items()})
 
 

@@ -56,11 +56,13 @@ Values = dict[fx.Node, Any]
 """Node -> its fake value."""
 
 
-def derive(graph: fx.Graph, weights: nn.Module, inputs: dict[str, Any], fakes: Fakes) -> Values:
+def derive(
+    graph: fx.Graph, weights: nn.Module, inputs: dict[str, Any], fakes: Fakes, *, strict: bool = False
+) -> Values:
     """Every node's fake value from the fake inputs, by placeholder name; meta["val"] is neither read nor written.
 
     Equal calls on equal types are derived once, so that a model costs little more than one of its layers. Raises
-    CheckError for a call whose operands do not fit together, or that fixes a dynamic size.
+    CheckError for a call whose operands do not fit together, and if `strict` for one that fixes a dynamic size.
     """
     values: Values = {}
     known: dict[Any, Any] = {}
@@ -75,7 +77,8 @@ def derive(graph: fx.Graph, weights: nn.Module, inputs: dict[str, Any], fakes: F
                 key = (node.target, call_key(node.args, values, keys), call_key(node.kwargs, values, keys))
                 if key not in known:
                     known[key] = derive_one(node, values)
-                    refuse_fixed_sizes(node, fakes)
+                    if strict:
+                        refuse_fixed_sizes(node, fakes)
                 values[node] = known[key]
     return values
 

@@ -230,6 +230,8 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overri
         randomise(model)
     for parameter in model.parameters():  # as from_pretrained does it: rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
+        model.config._experts_implementation = "eager"  # transformers' default has no float64
     return model.eval()
 
 

@@ -132,7 +132,7 @@ def test_operands_that_do_not_fit_together_are_caught_with_module_and_line() -> 
     down.update_arg(1, up.args[1])
     error = checked(function)
     assert error.problem == "a node's operands do not fit together"
-    assert "in model.layers.0.mlp.down_proj (linear.py:" in str(error.where)
+    assert "in model.layers.0.mlp.down_proj (modeling_llama.py:" in str(error.where)
 
 
 def test_an_operator_that_fixes_a_dynamic_size_is_caught() -> None:

@@ -32,8 +32,6 @@ def reference(model: PreTrainedModel, prompt: list[int], eos: int | None) -> lis
 @pytest.mark.parametrize("family", CAPTURED)
 def test_greedy_text_is_transformers_with_drafts_in_a_ragged_batch(family: str) -> None:
     model = build(family, dtype=torch.float64)
-    if getattr(model.config, "_experts_implementation", None):
-        model.config._experts_implementation = "eager"  # transformers' default has no float64
     with warnings.catch_warnings():
         warnings.simplefilter("error", graft.PassWarning)
         fast = graft.compile(

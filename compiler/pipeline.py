@@ -186,7 +186,7 @@ def numeric_check(
         logits[name] = new
         if one.contract == "exact":
             gap = max(difference(a, b) for a, b in zip(old, new, strict=True))
-            outcomes.append(exact_outcome(one, after[name], gap, sample))
+            outcomes.append(exact_outcome(one, after[name], rounding_dtype(before, after, name), gap, sample))
         else:
             nats = divergence(evidence.original[name], new)
             outcomes.append(f"KL {nats:.3g} nats per token from the captured model, on {sample.description}")
@@ -205,9 +205,8 @@ def run_on_sample(function: Function, one: Pass, sample: Sample) -> list[Tensor]
         ) from error
 
 
-def exact_outcome(one: Pass, function: Function, gap: float, sample: Sample) -> str:
+def exact_outcome(one: Pass, function: Function, dtype: torch.dtype, gap: float, sample: Sample) -> str:
     """The line for the report. Raises PassError where the logits moved further than rounding moves them."""
-    dtype = weights_dtype(function)
     allowed = tolerance_of(dtype)
     if not gap <= allowed:
         raise PassError(
@@ -220,9 +219,14 @@ def exact_outcome(one: Pass, function: Function, gap: float, sample: Sample) -> 
     return f"logits differ by {gap:.2g} of the largest at most, on {sample.description}"
 
 
-def weights_dtype(function: Function) -> torch.dtype:
-    """The coarsest floating dtype among the parameters: rounding happens in it."""
-    dtypes = {parameter.dtype for parameter in function.weights.parameters() if parameter.is_floating_point()}
+def rounding_dtype(before: Program, after: Program, name: str) -> torch.dtype:
+    """The coarsest floating dtype among the parameters and the values that the pass made or changed: a float64 model
+    may still compute its rotary frequencies in float32, and rounding happens there."""
+    function = after[name]
+    changed = {node for owner, node in changed_nodes(before, after) if owner == name}
+    values = [node.meta.get("val") for node in function.graph.nodes if node.name in changed]
+    tensors = [*function.weights.parameters(), *(value for value in values if isinstance(value, Tensor))]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 

@@ -1,0 +1,393 @@
+"""Compiles generated C++ to shared libraries, and keeps them in a folder where later builds find them.
+
+An entry of the cache is a folder named after the SHA-256 of all that determines the library: source, headers, options,
+compiler. It appears by one rename of a folder that is complete and on disk, so a build that is killed leaves a
+temporary folder and never half an entry; the library's own digest lies beside it, and one that does not match is
+built again. An entry holds what a reader needs, too: the source, its headers, and the command that was run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from graft.codegen.cpp.isa import Isa
+from graft.compiler.errors import LoweringError
+
+# No -ffast-math and no contraction: a function computes what its graph says, with every compiler.
+FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall"),
+)
+NAMES = ("c++", "g++", "clang++")
+
+SOURCE, LIBRARY, DIGEST = "function.cpp", "function.so", "function.so.sha256"
+COMMAND, OUTPUT = "command.txt", "output.txt"
+RESERVED = frozenset({SOURCE, LIBRARY, DIGEST, COMMAND, OUTPUT})
+
+MAX_ENTRIES, MAX_BYTES = 64, 512 * 2**20
+# Seconds. An entry just returned is about to be loaded; a lock held this long belongs to a process that is stopped.
+JUST_USED, STALE, LOCK_WAIT = 60.0, 86400.0, 600.0
+TEMPORARY, FAILED = "tmp-", "failed-"
+ENTRY = re.compile(rf"(?:{FAILED})?([0-9a-f]{{64}})")
+# What the compiler or linker prints, in the C locale, where the fault is the disk's and not the source's.
+DISK_IS_FULL = ("No space left on device", "Disk quota exceeded")
+SHOWN_LINES = 12
+
+
+class NoCompiler(LoweringError):
+    """There is no C++ compiler on this machine, or $CXX names none that runs."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: the command that starts it, the file that is, links followed, and what `--version` prints."""
+
+    command: tuple[str, ...]
+    path: Path
+    version: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One translation unit and all else that determines its library."""
+
+    source: str
+    headers: tuple[tuple[str, str], ...]
+    flags: tuple[str, ...]
+    compiler: Compiler
+
+    @property
+    def key(self) -> str:
+        """SHA-256, 64 hex digits."""
+        compiler = [self.compiler.command, str(self.compiler.path), self.compiler.version]
+        return hashlib.sha256(json.dumps([self.source, self.headers, self.flags, compiler]).encode()).hexdigest()
+
+    @property
+    def command(self) -> list[str]:
+        """To be run in the folder where the source lies, so that no folder's name gets into library or messages."""
+        return [*self.compiler.command, *self.flags, "-I.", SOURCE, "-o", LIBRARY]
+
+
+def build(source: str, headers: Mapping[str, str], isa: Isa, cache: Path | None = None) -> Path:
+    """Compile one translation unit to a shared library, or find it compiled; returns the library's absolute path.
+
+    `headers` maps the names that `source` includes, relative paths, to their contents. `cache` is the folder to keep
+    libraries in: by default $GRAFT_CACHE, else $XDG_CACHE_HOME/graft, else ~/.cache/graft. Any number of threads and
+    processes may build in it at once. It is held to about MAX_ENTRIES entries and MAX_BYTES bytes by removing those
+    not used for longest. Load the library within JUST_USED seconds; once loaded, it may be removed.
+
+    Where the folder cannot be used, a RuntimeWarning says so and the library lies in a temporary folder until the
+    process exits, to be built again the next time.
+
+    NoCompiler where there is none; LoweringError where the compiler fails (its message names the source, which is
+    kept), where a header's name is not usable, or where neither folder can be written.
+    """
+    check_headers(headers)
+    found = compiler()
+    if found is None:
+        raise no_compiler()
+    unit = Unit(source, tuple(sorted(headers.items())), (*FLAGS, *isa.flags), found)
+    folder = cache_folder(cache)
+    try:
+        return cached(unit, folder)
+    except OSError as reason:
+        return uncached(unit, folder, reason)
+
+
+def compiler() -> Compiler | None:
+    """The C++ compiler: $CXX, which may have arguments, and nothing else where it is set; else the first on PATH of
+    c++, g++ and clang++ that runs. None where there is none."""
+    try:
+        commands = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [[name] for name in NAMES]
+    except ValueError:
+        return None
+    for command in commands:
+        where = shutil.which(command[0]) if command else None
+        if where is None:
+            continue
+        # Links are not followed for the command itself: clang++ and ccache go by the name they are started under.
+        command = [os.path.abspath(where), *command[1:]]
+        with suppress(OSError, subprocess.SubprocessError):
+            version = run([*command, "--version"], timeout=60, check=True).stdout
+            return Compiler(tuple(command), Path(where).resolve(), version)
+    return None
+
+
+def run(
+    command: list[str], *, folder: Path | None = None, timeout: float | None = None, check: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a compiler in `folder`, which also takes its temporary files; stdout holds stderr, too."""
+    environment = {**os.environ, "LC_ALL": "C"} | ({} if folder is None else {"TMPDIR": str(folder)})
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout,
+        check=check,
+    )
+
+
+def cache_folder(cache: Path | None) -> Path:
+    """The folder of the cache, absolute unless it is the default and there is no home folder to put it in."""
+    chosen = cache or os.environ.get("GRAFT_CACHE")
+    if chosen:
+        return Path(os.path.expanduser(chosen)).absolute()
+    # The XDG specification has relative paths ignored.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "graft"
+
+
+def cached(unit: Unit, folder: Path) -> Path:
+    """The unit's library in the cache, built there where need be; OSError where the folder cannot be used."""
+    if not folder.is_absolute():
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder", str(folder))
+    entry = folder / unit.key
+    grew = False
+    try:
+        with lock(folder, unit.key, LOCK_WAIT):
+            if library := intact(entry):
+                os.utime(entry)
+                return library
+            grew = True
+            return install(unit, folder)
+    except OSError:
+        # A cache that others filled and that cannot be written still serves.
+        if library := intact(entry):
+            return library
+        raise
+    finally:
+        if grew:
+            tidy(folder)
+
+
+def uncached(unit: Unit, folder: Path, reason: OSError) -> Path:
+    """The unit's library, built in a temporary folder of its own that this process removes when it exits."""
+    why = reason.strerror or str(reason)
+    try:
+        private = Path(tempfile.mkdtemp(prefix="graft-"))
+        atexit.register(remove_own, private, os.getpid())
+        failure = compile_in(private, unit)
+    except OSError as second:
+        raise LoweringError(
+            "compiled code can be written nowhere",
+            expected=f"a folder that can be written: {folder}, or the system's temporary folder",
+            found=f"{why}; then {second.strerror or second}",
+            where="building generated C++",
+            remedy="free disk space, or set GRAFT_CACHE to a folder that can be written",
+        ) from second
+    # The same words each time, so that Python's default filter shows them once for a caller.
+    warnings.warn(
+        f"compiled code cannot be kept in {folder} ({why}): it is compiled for this process alone, and again in the "
+        "next; make the folder writable, or set GRAFT_CACHE to one that is",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    if failure is not None:
+        raise rejected(unit, failure, private)
+    return private / LIBRARY
+
+
+def remove_own(private: Path, owner: int) -> None:
+    """Remove a process's temporary folder; in a fork of the process, leave it."""
+    if os.getpid() == owner:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def install(unit: Unit, folder: Path) -> Path:
+    """Build the unit's entry, in place of a damaged one if there is one; the caller holds its lock."""
+    staging = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+    staging.mkdir()
+    try:
+        failure = compile_in(staging, unit)
+        entry = folder / (unit.key if failure is None else f"{FAILED}{unit.key}")
+        if os.path.lexists(entry):
+            discard(entry)
+        os.replace(staging, entry)
+        sync(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if failure is not None:
+        raise rejected(unit, failure, entry)
+    return entry / LIBRARY
+
+
+def compile_in(folder: Path, unit: Unit) -> str | None:
+    """Write the unit to an empty folder and compile it there, all of it on disk when this returns.
+
+    None, or the compiler's output where it fails; OSError where the disk is full or cannot be written.
+    """
+    for name, text in [(SOURCE, unit.source), *unit.headers, (COMMAND, shlex.join(unit.command) + "\n")]:
+        write(folder / name, text)
+    result = run(unit.command, folder=folder)
+    library = folder / LIBRARY
+    if result.returncode or not library.is_file():
+        if any(words in result.stdout for words in DISK_IS_FULL):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        failure = result.stdout.strip() or f"nothing printed; exit status {result.returncode}"
+        write(folder / OUTPUT, failure + "\n")
+        return failure
+    with library.open("rb") as file:
+        os.fsync(file.fileno())
+    write(folder / DIGEST, digest_line(library.read_bytes()))
+    sync(folder)
+    return None
+
+
+def digest_line(content: bytes) -> str:
+    """As sha256sum prints it, so that `sha256sum -c` checks it."""
+    return f"{hashlib.sha256(content).hexdigest()}  {LIBRARY}\n"
+
+
+def intact(entry: Path) -> Path | None:
+    """The entry's library, if it is there and as it was when built."""
+    library = entry / LIBRARY
+    try:
+        whole = (entry / DIGEST).read_bytes() == digest_line(library.read_bytes()).encode()
+    except OSError:
+        return None
+    return library if whole else None
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Have a folder's names on disk, on file systems that know the request."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def lock(folder: Path, key: str, timeout: float) -> FileLock:
+    """The lock of an entry, for `with`; OSError after `timeout` seconds. The kernel frees a dead process's.
+
+    Entries share 256 locks, because a lock's file cannot be removed safely while others may wait for it.
+    """
+    locks = folder / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f"{key[:2]}.lock", timeout=timeout)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder so that it is never seen with only a part of its files."""
+    doomed = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    os.replace(path, doomed)
+    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed builds left, and the entries beyond the bounds that were not used for longest.
+
+    What cannot be removed, or is locked by a build, stays until the next time.
+    """
+    for path in names(folder):
+        if path.name.startswith(TEMPORARY):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE:
+                    remove(path)
+    size = 0
+    entries = sorted((used_and_size(path) for path in names(folder) if ENTRY.fullmatch(path.name)), reverse=True)
+    for count, (_, own_size, entry) in enumerate(entries, start=1):
+        size += own_size
+        if count > MAX_ENTRIES or size > MAX_BYTES:
+            with suppress(OSError), lock(folder, entry.name.removeprefix(FAILED), timeout=0):
+                # Looked at again, with the lock held: another build may just have returned it.
+                if time.time() - entry.stat().st_mtime > JUST_USED:
+                    discard(entry)
+
+
+def names(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from sorted(folder.iterdir())
+
+
+def used_and_size(entry: Path) -> tuple[float, int, Path]:
+    """(last use in seconds since 1970, bytes, the entry itself); zeros for one that has just been removed."""
+    try:
+        size = sum(path.stat().st_size for path in entry.rglob("*"))
+        return entry.stat().st_mtime, size, entry
+    except OSError:
+        return 0.0, 0, entry
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    for name in headers:
+        parts = PurePosixPath(name).parts
+        if (
+            not parts
+            or name.startswith("/")
+            or ".." in parts
+            or parts[-1] != name.split("/")[-1]
+            or parts[0] in RESERVED
+        ):
+            raise LoweringError(
+                "a header's name is not usable",
+                expected=f"a file's relative path without .. that does not start with {', '.join(sorted(RESERVED))}",
+                found=repr(name)[:80],
+                where="the headers of generated C++",
+                remedy="rename it, there and where it is included",
+            )
+
+
+def no_compiler() -> NoCompiler:
+    named = os.environ.get("CXX")
+    return NoCompiler(
+        "there is no C++ compiler",
+        expected="$CXX, or one of " + ", ".join(NAMES) + " on PATH, that answers --version",
+        found=f"CXX={named!r}, which cannot be run" if named else "none of them",
+        where="building generated C++",
+        remedy="install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx), "
+        "or set CXX to yours",
+    )
+
+
+def rejected(unit: Unit, output: str, kept: Path) -> LoweringError:
+    lines = output.splitlines()
+    if len(lines) > SHOWN_LINES:
+        lines = [*lines[:SHOWN_LINES], f"({len(lines) - SHOWN_LINES} more lines in {kept / OUTPUT})"]
+    return LoweringError(
+        "the C++ compiler fails on generated code",
+        expected=f"{unit.compiler.path} to compile it",
+        found="\n    ".join(lines),
+        where=kept / SOURCE,
+        remedy="update the compiler or set CXX to another; if that does not help, report it with the files in that "
+        f"folder ({COMMAND} is what was run)",
+    )

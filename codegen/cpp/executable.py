@@ -1,0 +1,165 @@
+"""A function as one library call per step: weights packed, arrays in an arena, threads that stay."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graft.codegen.aten_rows import Loose, run_rows
+from graft.codegen.cpp.isa import Isa, choose
+from graft.codegen.cpp.library import Call, load, print_code
+from graft.codegen.cpp.memory import pack, place_arrays, row_bytes
+from graft.codegen.kernel_ir import Array, AtenKernel, Kernels, MatmulKernel
+from graft.codegen.regions import cut
+from graft.compiler.program import FLAT, Function
+from graft.compiler.shapes import attribute
+
+INPUTS = tuple(spec.name for spec in FLAT)
+FIRST_ROWS = 32
+"""Rows that the arena has room for at first."""
+
+
+class CppExecutable:
+    """A function as fused C++ on the CPU."""
+
+    invariant = True
+    """Every row's result is the same bits whatever other rows there are."""
+
+    def __init__(self, function: Function, isa: Isa | None = None, threads: int | None = None) -> None:
+        """Raises LoweringError (build.NoCompiler where there is no compiler) if the library cannot be built."""
+        self.function, self.isa = function, isa or choose(None)
+        self.kernels: Kernels = cut(function)
+        products = [kernel for kernel in self.kernels.kernels if isinstance(kernel, MatmulKernel)]
+        self.packed = frozenset(name for kernel in products for name in kernel.weights)
+        self.code = print_code(self.kernels.kernels, self.packed)
+        self.library, self.path = load(self.code.source, self.isa)
+        self.threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
+        self.lock = threading.Lock()
+        self.team = self.open_team()
+        self.keep: list[Tensor] = []
+        """What the addresses point to."""
+        self.addresses = np.zeros(len(self.code.places) + 1, np.int64)
+        self.schedule, self.arguments = np.array(self.code.schedule, np.int32), np.array(self.code.arguments, np.int32)
+        self.place_weights()
+        self.external = frozenset((*INPUTS, *(array.name for array in self.kernels.outputs)))
+        self.offsets, self.bytes_per_row = place_arrays(self.kernels.kernels, self.external)
+        self.arrays = {array.name: array for kernel in self.kernels.kernels for array in kernel.arrays}
+        self.capacity = 0
+        self.arena = torch.empty(0, dtype=torch.uint8)
+        self.segments = [
+            (is_aten, list(group))
+            for is_aten, group in groupby(self.kernels.kernels, lambda kernel: isinstance(kernel, AtenKernel))
+        ]
+        self.grow(FIRST_ROWS)
+
+    @property
+    def source(self) -> str:
+        """The generated C++."""
+        return self.code.source
+
+    def open_team(self) -> int:
+        """Threads of our own, ended when the executable is collected."""
+        team: int = self.library.graft_open(self.threads)
+        weakref.finalize(self, self.library.graft_close, team)
+        return team
+
+    def place_weights(self) -> None:
+        """Pack every parameter that is multiplied with, once, and note where everything constant lies."""
+        done: dict[tuple[str, int], Tensor] = {}
+        for name, number in self.code.places.items():
+            kind, _, path = name.partition(" ")
+            if kind in ("weight", "bias", "table"):
+                parameter: Tensor = attribute(self.function.weights, path).detach()
+                key = (kind, parameter.data_ptr())
+                if key not in done:
+                    done[key] = pack(parameter) if kind == "weight" else parameter.contiguous()
+                self.point(number, done[key])
+            elif kind == "wide":
+                constant = self.kernels.constants[path]
+                wide = torch.float64 if constant.dtype == torch.float64 else torch.float32
+                self.point(number, constant.to(wide).contiguous())
+            elif name in self.kernels.constants:
+                constant = self.kernels.constants[name]
+                self.point(number, constant.float() if constant.dtype == torch.bool else constant)
+
+    def point(self, number: int, tensor: Tensor) -> None:
+        """Let an address be that of a tensor that stays."""
+        self.keep.append(tensor)
+        self.addresses[number] = tensor.data_ptr()
+
+    def grow(self, rows: int) -> None:
+        """Make room for so many rows in the arena."""
+        self.capacity = rows
+        self.arena = torch.empty(self.bytes_per_row * rows + 64, dtype=torch.uint8)
+        start = -(-self.arena.data_ptr() // 64) * 64
+        for name, offset in self.offsets.items():
+            if name in self.code.places:
+                self.addresses[self.code.places[name]] = start + offset * rows
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """See codegen.executable.Executable."""
+        with self.lock:
+            return self.run(inputs)
+
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """One step."""
+        rows, results = inputs[0].shape[0], inputs[5].shape[0]
+        if max(rows, results) > self.capacity:
+            self.grow(max(rows, results, 2 * self.capacity))
+        states = inputs[len(INPUTS) :]
+        outputs = [
+            torch.empty(results if array.rows == "R" else rows, array.width, dtype=array.dtype)
+            for array in self.kernels.outputs
+        ]
+        given = dict(zip(INPUTS, inputs, strict=False)) | {
+            array.name: tensor for array, tensor in zip(self.kernels.outputs, outputs, strict=True)
+        }
+        for name, tensor in (*given.items(), *((f"state {i}", state) for i, state in enumerate(states))):
+            if name in self.code.places:
+                self.addresses[self.code.places[name]] = tensor.data_ptr()
+        call = Call(
+            rows,
+            results,
+            states[0].shape[3] if states else 0,
+            states[0].shape[1] if states else inputs[4].shape[0],
+            *(given[name].data_ptr() for name in ("sequences", "parents", "lengths", "wanted")),
+            self.addresses.ctypes.data,
+            self.schedule.ctypes.data,
+            self.arguments.ctypes.data,
+        )
+        if not self.library.graft_here(self.team):
+            self.team = self.open_team()
+        self.run_segments(call, given)
+        return outputs[0], outputs[1]
+
+    def run_segments(self, call: Call, given: dict[str, Tensor]) -> None:
+        """What is compiled in one call each, what ATen runs between."""
+        loose: Loose = {}
+        for is_aten, kernels in self.segments:
+            if not is_aten:
+                call.first, call.last = call.last, call.last + len(kernels)
+                self.library.graft_run(self.team, ctypes.byref(call))
+                continue
+            for kernel in kernels:
+                assert isinstance(kernel, AtenKernel)
+                count = call.results if kernel.rows == "R" else call.rows
+                run_rows(kernel, self.function.weights, count, lambda name: self.array(name, given), loose)
+
+    def array(self, name: str, given: dict[str, Tensor]) -> Tensor:
+        """An array as a tensor [rows, width]."""
+        if name in given:
+            return given[name].view(given[name].shape[0], -1)
+        if name in self.kernels.constants:
+            return self.kernels.constants[name].reshape(1, -1)
+        array: Array = self.arrays[name]
+        start = -self.arena.data_ptr() % 64 + self.offsets[name] * self.capacity
+        size = array.width * array.dtype.itemsize * self.capacity
+        assert size <= row_bytes(array) * self.capacity
+        return self.arena[start : start + size].view(array.dtype).view(self.capacity, array.width)

@@ -1,0 +1,281 @@
+// Attention of rows over the paths of their texts in the KV cache.
+//
+// Keys are visited in the order of their positions, in blocks of 64 cut at multiples of 64, a block in tiles of 16 keys. A
+// row whose text lies at other places, because it is part of a tree, walks its own path into the tiles. So the arithmetic
+// of a row depends on its position alone: rows share the work of a tile only where they share its keys.
+#pragma once
+#include "math.h"
+#include "matmul.h"
+
+namespace graft {
+
+constexpr int TILE = LANES, KEYS = 64, TILES = KEYS / TILE;
+constexpr int QUERIES = 48;  // that are worked on together, where there are no more in one row
+
+// Where the heads of a row lie: first element, elements from head to head.
+struct Heads { int64_t width, offset, stride; };
+
+template <class T, int KD, int VD>
+void append(const Step& step, int thread, int64_t heads, const T* keys, Heads k, const T* values, Heads v, T* kv) {
+    const Call& call = step.call;
+    for (Share share(call.rows, thread, step.threads); share.first < share.last; ++share.first) {
+        const int64_t row = share.first;
+        for (int64_t head = 0; head < heads; ++head) {
+            T* to = kv + ((call.sequences[row] * heads + head) * call.capacity + step.place[row]) * (KD + VD);
+            memcpy(to, keys + row * k.width + k.offset + head * k.stride, KD * sizeof(T));
+            memcpy(to + KD, values + row * v.width + v.offset + head * v.stride, VD * sizeof(T));
+        }
+    }
+}
+
+// 16 x 16 words, rows to columns, by four rounds of interleaving.
+INLINE void transpose(u32v (&m)[LANES]) {
+    constexpr u32v low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    constexpr u32v high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (int round = 0; round < 4; ++round) {
+        u32v next[LANES];
+        for (int i = 0; i < LANES / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(m[i], m[i + LANES / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(m[i], m[i + LANES / 2], high);
+        }
+        memcpy(m, next, sizeof m);
+    }
+}
+
+template <class T> constexpr bool PAIRED = std::is_same_v<T, bf16>;
+
+// Sixteen keys side by side, for each element (of bfloat16: each pair of elements) of their vectors.
+template <class T, int KD> struct KeyTile {
+    static constexpr int steps = PAIRED<T> ? (KD + 1) / 2 : KD;
+    typedef std::conditional_t<PAIRED<T>, u32v, vec<computing<T>>> Lanes;
+    Lanes of[steps];
+
+    void fill(const T* const (&keys)[TILE]) {
+        if constexpr (PAIRED<T> && KD % 32 == 0) {
+            for (int d = 0; d < KD; d += 32) {
+                u32v square[LANES];
+                for (int key = 0; key < TILE; ++key) memcpy(&square[key], keys[key] + d, sizeof(u32v));
+                transpose(square);
+                memcpy(of + d / 2, square, sizeof square);
+            }
+        } else if constexpr (PAIRED<T>) {
+            for (int d = 0; d < KD; d += 2)
+                for (int key = 0; key < TILE; ++key)
+                    of[d / 2][key] = keys[key][d].bits | (d + 1 < KD ? uint32_t(keys[key][d + 1].bits) << 16 : 0);
+        } else if constexpr (std::is_same_v<computing<T>, float> && KD % LANES == 0) {
+            for (int d = 0; d < KD; d += LANES) {
+                u32v square[LANES];
+                for (int key = 0; key < TILE; ++key) square[key] = bits<u32v>(widen(keys[key] + d));
+                transpose(square);
+                memcpy(of + d, square, sizeof square);
+            }
+        } else {
+            for (int d = 0; d < KD; ++d)
+                for (int key = 0; key < TILE; ++key) of[d][key] = widen(keys[key][d]);
+        }
+    }
+
+    // Dot products of N queries with the sixteen keys.
+    template <int N> INLINE void dot(const T* const* queries, vec<computing<T>> (&sums)[N]) const {
+        for (int i = 0; i < N; ++i) sums[i] = vec<computing<T>>{};
+        for (int d = 0; d < steps; ++d) {
+            for (int i = 0; i < N; ++i) {
+                if constexpr (PAIRED<T>) {
+                    uint32_t factors = 0;
+                    memcpy(&factors, queries[i] + 2 * d, KD % 2 && d + 1 == steps ? 2 : 4);
+                    multiply_pair(sums[i], of[d], factors);
+                } else {
+                    sums[i] = fma(load_one(queries[i] + d), of[d], sums[i]);
+                }
+            }
+        }
+    }
+};
+
+template <class C> struct Scoring { C scale, softcap; };
+
+// The running softmax of one query, and what it has gathered so far.
+template <class C, int VD> struct Query {
+    static constexpr int vectors = (VD + LANES - 1) / LANES;
+    vec<C> gathered[vectors];
+    C top, total;
+    C scores[KEYS];
+
+    void start(const C* sink) {
+        for (auto& part : gathered) part = vec<C>{};
+        top = sink ? *sink : -C(INFINITY), total = sink ? 1 : 0;
+    }
+
+    // Turns a block's scores, of which those from `low` to `high` count, into weights.
+    void weigh(int low, int high) {
+        vec<C> best = splat(-C(INFINITY)), s[TILES];
+        for (int tile = 0; tile < TILES; ++tile) {
+            s[tile] = widen(scores + tile * TILE);
+            const auto inside = lanes_below(high - tile * TILE, best) & ~lanes_below(low - tile * TILE, best);
+            s[tile] = inside ? s[tile] : splat(-C(INFINITY));
+            best = max(s[tile], best);
+        }
+        const C limit = larger(fold<C>(best, larger<C>), top);
+        vec<C> sum{};
+        for (int tile = 0; tile < TILES; ++tile) {
+            const auto inside = lanes_below(high - tile * TILE, best) & ~lanes_below(low - tile * TILE, best);
+            const vec<C> weight = inside ? op::exp(s[tile] - limit) : vec<C>{};
+            narrow(weight, scores + tile * TILE);
+            sum += weight;
+        }
+        const C faded = op::exp(splat(top - limit))[0];
+        total = total * faded + fold<C>(sum, [](C a, C b) { return a + b; });
+        top = limit;
+        for (auto& part : gathered) part *= faded;
+    }
+};
+
+// Adds weights[low..high) times their values to what N queries have gathered.
+template <int N, class T, class C, int VD>
+INLINE void gather_values(Query<C, VD>* const* queries, const T* const* values, int tile, int low, int high) {
+    constexpr int vectors = Query<C, VD>::vectors;
+    vec<C> sums[N][vectors];
+    for (int i = 0; i < N; ++i) memcpy(sums[i], queries[i]->gathered, sizeof sums[i]);
+    for (int key = low; key < high; ++key) {
+        vec<C> value[vectors];
+        sweep<VD>([&](int64_t d, auto lanes) { value[d / LANES] = load(values[key] + d, lanes); });
+        for (int i = 0; i < N; ++i) {
+            const vec<C> weight = splat(queries[i]->scores[tile * TILE + key]);
+            for (int part = 0; part < vectors; ++part) sums[i][part] = fma(weight, value[part], sums[i][part]);
+        }
+    }
+    for (int i = 0; i < N; ++i) memcpy(queries[i]->gathered, sums[i], sizeof sums[i]);
+}
+
+template <class T, class O, int KD, int VD> struct Attention {
+    typedef computing<T> C;
+    static constexpr int together = std::max(1, (REGISTERS - 4) / 2 / Query<C, VD>::vectors);
+
+    const Step& step;
+    const T* kv;  // of one slot and head
+    int64_t group, first, count;  // queries per row; rows
+    int64_t window;
+    Scoring<C> scoring;
+    std::vector<const T*> vectors;
+    std::vector<Query<C, VD>> queries;
+
+    int64_t start(int64_t row) const {
+        return window ? std::max<int64_t>(0, step.position[row] + 1 - window) : 0;
+    }
+    int64_t place(int64_t row, int64_t position) const {
+        return position < step.plain[row] ? position : step.path[step.path_start[row] + position - step.plain[row]];
+    }
+    bool plainly(int64_t row, int64_t from) const { return start(row) <= from && from + TILE <= step.plain[row]; }
+
+    // The keys of a tile as a row sees them; those it does not see stand for one it does.
+    void point(int64_t row, int64_t from, const T* (&keys)[TILE]) const {
+        const int64_t low = std::max(start(row), from), high = step.position[row];
+        for (int key = 0; key < TILE; ++key)
+            keys[key] = kv + place(row, std::min(std::max(from + key, low), high)) * (KD + VD);
+    }
+
+    template <int N> void score_some(const KeyTile<T, KD>& tile, int at, int64_t query) {
+        vec<C> sums[N];
+        tile.template dot<N>(&vectors[query], sums);
+        for (int i = 0; i < N; ++i) {
+            vec<C> s = sums[i] * scoring.scale;
+            if (scoring.softcap) s = op::tanh(s / scoring.softcap) * scoring.softcap;
+            narrow(s, queries[query + i].scores + at * TILE);
+        }
+    }
+
+    void score(const KeyTile<T, KD>& tile, int at, int64_t query, int64_t end) {
+        for (; query + 8 <= end; query += 8) score_some<8>(tile, at, query);
+        for (; query + 3 <= end; query += 3) score_some<3>(tile, at, query);
+        for (; query < end; ++query) score_some<1>(tile, at, query);
+    }
+
+    void add_values(const T* const (&keys)[TILE], int at, int low, int high, int64_t query, int64_t end) {
+        const T* values[TILE];
+        for (int key = 0; key < TILE; ++key) values[key] = keys[key] + KD;
+        Query<C, VD>* some[together];
+        while (query < end) {
+            const int64_t n = end - query >= together ? together : 1;
+            for (int64_t i = 0; i < n; ++i) some[i] = &queries[query + i];
+            if (n == together) gather_values<together, T, C, VD>(some, values, at, low, high);
+            else gather_values<1, T, C, VD>(some, values, at, low, high);
+            query += n;
+        }
+    }
+
+    // Calls each(keys, first query, last query, row) for the rows that share a tile's keys, then for the others.
+    template <class Each> void over_tile(int64_t from, Each each) {
+        const T* keys[TILE];
+        for (int64_t row = 0, end; row < count; row = end) {
+            end = row + 1;
+            const bool shared = plainly(first + row, from);
+            while (shared && end < count && plainly(first + end, from)) ++end;
+            point(first + row, from, keys);
+            each(keys, row * group, end * group, first + row, shared);
+        }
+    }
+
+    void block(int64_t from, int64_t first_row, int64_t rows) {
+        KeyTile<T, KD> tile;
+        for (int at = 0; at < TILES; ++at)
+            over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool) {
+                const int64_t start_of_tile = from + at * TILE;
+                if (start_of_tile > step.position[row] || start_of_tile + TILE <= start(row)) return;
+                tile.fill(keys);
+                score(tile, at, query, end);
+            });
+        for (int64_t row = first_row; row < first_row + rows; ++row) {
+            const int64_t low = start(first + row) - from, high = step.position[first + row] + 1 - from;
+            if (low >= KEYS || high <= 0) continue;
+            for (int64_t i = 0; i < group; ++i)
+                queries[row * group + i].weigh(int(std::max<int64_t>(low, 0)), int(std::min<int64_t>(high, KEYS)));
+        }
+        for (int at = 0; at < TILES; ++at)
+            over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool shared) {
+                const int64_t start_of_tile = from + at * TILE;
+                const int64_t low = shared ? 0 : std::max<int64_t>(0, start(row) - start_of_tile);
+                const int64_t high = shared ? TILE : std::min<int64_t>(TILE, step.position[row] + 1 - start_of_tile);
+                if (low < high) add_values(keys, at, int(low), int(high), query, end);
+            });
+    }
+
+    void run(const T* q, Heads heads, const C* sinks, int64_t head, O* out, int64_t out_width) {
+        int64_t begin = start(first), end = 0;
+        vectors.resize(count * group), queries.resize(count * group);
+        for (int64_t row = 0; row < count; ++row) {
+            begin = std::min(begin, start(first + row)), end = std::max<int64_t>(end, step.position[first + row] + 1);
+            for (int64_t i = 0; i < group; ++i) {
+                vectors[row * group + i] = q + (first + row) * heads.width + heads.offset + (head + i) * heads.stride;
+                queries[row * group + i].start(sinks ? sinks + head + i : nullptr);
+            }
+        }
+        for (int64_t from = begin / KEYS * KEYS; from < end; from += KEYS) block(from, 0, count);
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t i = 0; i < group; ++i) {
+                const Query<C, VD>& query = queries[row * group + i];
+                O* to = out + (first + row) * out_width + (head + i) * VD;
+                sweep<VD>([&](int64_t d, auto lanes) { store(to + d, query.gathered[d / LANES] / query.total, lanes); });
+            }
+    }
+};
+
+template <class T, class O, int KD, int VD>
+void attend(const Step& step, int thread, int64_t heads, int64_t kv_heads, const T* q, Heads where, const T* kv, O* out,
+            const computing<T>* sinks, int64_t window, Scoring<computing<T>> scoring) {
+    const Call& call = step.call;
+    const int64_t group = heads / kv_heads, most = std::max<int64_t>(1, QUERIES / group);
+    const int64_t even = std::max<int64_t>(1, (call.rows + step.threads - 1) / step.threads);
+    int64_t item = 0;
+    for (int64_t first = 0, end; first < call.rows; first = end) {
+        end = first + 1;
+        while (end < call.rows && call.sequences[end] == call.sequences[first] && end - first < std::min(most, even)) ++end;
+        for (int64_t head = 0; head < kv_heads; ++head, ++item) {
+            if (item % step.threads != thread) continue;
+            const T* stored = kv + (call.sequences[first] * kv_heads + head) * call.capacity * (KD + VD);
+            Attention<T, O, KD, VD> attention{step, stored, group, first, end - first, window, scoring, {}, {}};
+            attention.run(q, where, sinks, head * group, out, heads * VD);
+        }
+    }
+}
+
+}  // namespace graft

@@ -1,0 +1,76 @@
+// One call of a function: its rows, where they stand in their slots, and where every array lies.
+#pragma once
+#include <algorithm>
+#include <vector>
+#include "team.h"
+
+namespace graft {
+
+struct Step;
+typedef void (*Kernel)(const Step&, const int32_t* arguments, int thread);
+
+// What Python hands over; all pointers outlive the call.
+struct Call {
+    int64_t rows, results, capacity, slots;
+    const int64_t *sequences, *parents, *lengths, *wanted;
+    void* const* addresses;      // arrays, weights and states, by number
+    const int32_t* schedule;     // for each kernel to run: its number, and where its arguments start
+    const int32_t* arguments;
+    int64_t first, last;         // the part of the schedule to run
+};
+
+struct Step {
+    const Call& call;
+    const Kernel* kernels;
+    int threads;
+    std::vector<int32_t> place;     // where in its slot a row is written
+    std::vector<int32_t> plain;     // so many tokens of the row's text stand at the places of their positions
+    std::vector<int32_t> position;  // of the row in its text
+    std::vector<int32_t> path_start, path;  // the places of those behind `plain`, row after row
+
+    Step(const Call& call, const Kernel* kernels, int threads) : call(call), kernels(kernels), threads(threads) {
+        const int64_t rows = call.rows;
+        place.resize(rows), plain.resize(rows), position.resize(rows), path_start.resize(rows + 1);
+        for (int64_t row = 0; row < rows; ++row) lay_out(row);
+    }
+
+    template <class T> T* array(int32_t number) const { return (T*)call.addresses[number]; }
+    int64_t count(char rows) const { return rows == 'R' ? call.results : call.rows; }
+
+  private:
+    void lay_out(int64_t row) {
+        const int64_t slot = call.sequences[row], parent = call.parents[row];
+        const bool first = row == 0 || call.sequences[row - 1] != slot;
+        const int32_t length = int32_t(call.lengths[slot]);
+        place[row] = first ? length : place[row - 1] + 1;
+        position[row] = parent < 0 ? length : position[parent] + 1;
+        plain[row] = parent < 0 ? length : plain[parent];
+        path_start[row] = int32_t(path.size());
+        if (plain[row] == position[row] && place[row] == position[row]) {
+            ++plain[row];
+        } else {
+            if (parent >= 0)
+                for (int32_t i = path_start[parent]; i < path_start[parent + 1]; ++i) path.push_back(path[i]);
+            path.push_back(place[row]);
+        }
+        path_start[row + 1] = int32_t(path.size());
+    }
+};
+
+// The part of `count` equal pieces of work that a thread does.
+struct Share {
+    int64_t first, last;
+    Share(int64_t count, int thread, int threads) : first(count * thread / threads), last(count * (thread + 1) / threads) {}
+};
+
+inline void run(Team& team, const Step& step) {
+    team.run([&](int thread) {
+        for (int64_t i = step.call.first; i < step.call.last; ++i) {
+            const int32_t* entry = step.call.schedule + 2 * i;
+            step.kernels[entry[0]](step, step.call.arguments + entry[1], thread);
+            team.barrier();
+        }
+    });
+}
+
+}  // namespace graft

@@ -1,0 +1,288 @@
+"""Kernels as C++: one function for all kernels that are equal but for their arrays, over the headers in include/."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graft.codegen.kernel_ir import (
+    Access,
+    AppendKernel,
+    AttendKernel,
+    Compute,
+    Const,
+    Convert,
+    GatherKernel,
+    Heads,
+    Kernel,
+    Load,
+    Loop,
+    MatmulKernel,
+    Reduce,
+    RowKernel,
+    Store,
+)
+from graft.codegen.row_builder import computing
+
+TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "int64_t",
+    torch.bool: "float",
+}
+CONVERSIONS = {
+    torch.float32: "to_f32",
+    torch.float64: "to_f64",
+    torch.bfloat16: "to_bf16",
+    torch.float16: "to_f16",
+    torch.int64: "to_i64",
+    torch.int32: "to_i64",
+}
+NEUTRAL = {"sum": "0", "max": "-INFINITY", "min": "INFINITY"}
+COMBINE = {"sum": "a + b", "max": "larger(a, b)", "min": "smaller(a, b)"}
+COMBINE_VECTORS = {"sum": "op::add", "max": "max", "min": "min"}
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A kernel's code and what it is to be called with."""
+
+    kind: str
+    body: str
+    arguments: tuple[str | int, ...]
+    """Names of arrays, "weight NAME", "state INDEX", or whole numbers."""
+
+
+def print_kernel(kernel: Kernel, packed: frozenset[str]) -> Printed:
+    """The code of one kernel; `packed` are the parameters that are stored as panels."""
+    match kernel:
+        case RowKernel():
+            return Printed("rows", row_kernel(kernel), tuple(array.name for array in kernel.arrays))
+        case MatmulKernel():
+            return matmul(kernel)
+        case GatherKernel():
+            return gather(kernel, packed)
+        case AppendKernel():
+            return append(kernel)
+        case AttendKernel():
+            return attend(kernel)
+    raise AssertionError(f"no code for {type(kernel).__name__}")
+
+
+def function(name: str, body: str, comment: str) -> str:
+    """A kernel's code as a function."""
+    return f"// {comment}\nvoid {name}(const Step& step, const int32_t* argument, int thread) {{\n{body}}}\n"
+
+
+# Row kernels.
+
+
+def row_kernel(kernel: RowKernel) -> str:
+    """Loops over the elements of every row."""
+    selected = {
+        one.access.operand
+        for loop in kernel.loops
+        for one in loop.body
+        if isinstance(one, Load) and one.access.selected
+    }
+    lines = [
+        f"for (Share share(step.count('{kernel.rows}'), thread, step.threads); share.first < share.last; "
+        "++share.first) {",
+        "    const int64_t row = share.first;",
+    ]
+    for index, array in enumerate(kernel.arrays):
+        row = "step.call.wanted[row]" if index in selected else "row"
+        shift = f" + {row} * {array.width}" if array.rows else ""
+        lines.append(f"    auto* a{index} = step.array<{TYPES[array.dtype]}>(argument[{index}]){shift};")
+    for index, (size, dtype) in enumerate(kernel.locals):
+        lines.append(f"    alignas(64) {TYPES[dtype]} a{index + len(kernel.arrays)}[{size}];")
+    for loop in kernel.loops:
+        lines += ("    " + line for line in print_loop(loop))
+    return indented([*lines, "}"])
+
+
+def print_loop(loop: Loop) -> Iterator[str]:
+    """One loop, the last dim as vectors."""
+    depth = max(len(loop.sizes) - 1, 0)
+    outer = min(depth, len(loop.sizes) - loop.reduced) if loop.reduced else depth
+    indent = ""
+    for dim in range(outer):
+        yield f"{indent}for (int64_t i{dim} = 0; i{dim} < {loop.sizes[dim]}; ++i{dim}) {{"
+        indent += "    "
+    reductions = [(at, one) for at, one in enumerate(loop.body) if isinstance(one, Reduce)]
+    types = value_types(loop)
+    for at, one in reductions:
+        yield f"{indent}vec<{types[one.operand]}> r{at} = splat<{types[one.operand]}>({NEUTRAL[one.op]});"
+    for dim in range(outer, depth):
+        yield f"{indent}for (int64_t i{dim} = 0; i{dim} < {loop.sizes[dim]}; ++i{dim})"
+        indent += "    "
+    yield f"{indent}sweep<{loop.sizes[-1] if loop.sizes else 1}>([&](int64_t i, auto lanes) {{"
+    for at, one in enumerate(loop.body):
+        yield f"{indent}    {statement(at, one, types, depth)}"
+    yield f"{indent}}});"
+    indent = indent[: len(indent) - 4 * (depth - outer)]
+    for at, one in reductions:
+        kind = types[one.operand]
+        total = f"fold<{kind}>(r{at}, []({kind} a, {kind} b) {{ return {COMBINE[one.op]}; }})"
+        total += f" / {literal(one.divisor, kind)}" if one.divisor != 1 else ""
+        if TYPES[one.dtype] not in (kind, "int64_t"):
+            total = f"rounded<{TYPES[one.dtype]}>({total})"
+        yield f"{indent}store_one({pointer(one.access, depth, inner=False)}, {total});"
+    for _ in range(outer):
+        indent = indent[:-4]
+        yield f"{indent}}}"
+
+
+def value_types(loop: Loop) -> dict[int, str]:
+    """The type that each value of a body is computed in."""
+    return {at: TYPES[computing(one.dtype)] for at, one in enumerate(loop.body) if not isinstance(one, (Store, Reduce))}
+
+
+def statement(at: int, one: object, types: dict[int, str], depth: int) -> str:
+    """One instruction."""
+    match one:
+        case Load(access):
+            return f"const auto v{at} = {load(access, depth)};"
+        case Const(value):
+            return f"const auto v{at} = splat<{types[at]}>({literal(value, types[at])});"
+        case Compute(op, operands):
+            return f"const auto v{at} = op::{op}({', '.join(f'v{x}' for x in operands)});"
+        case Convert(operand, dtype):
+            return f"const auto v{at} = {CONVERSIONS[dtype]}(v{operand});"
+        case Store(access, operand, dtype):
+            kind = TYPES[computing(dtype)]
+            value = f"v{operand}" if types[operand] == kind else f"{CONVERSIONS[computing(dtype)]}(v{operand})"
+            stride = access.strides[-1] if access.strides else 1
+            if stride in (0, 1):
+                return f"store({pointer(access, depth)}, {value}, lanes);"
+            return f"store_strided({pointer(access, depth)}, {stride}, {value}, lanes);"
+        case Reduce(op, operand):
+            neutral = f"splat<{types[operand]}>({NEUTRAL[op]})"
+            return f"r{at} = {COMBINE_VECTORS[op]}(r{at}, keep(v{operand}, {neutral}, lanes));"
+    raise AssertionError(one)
+
+
+def load(access: Access, depth: int) -> str:
+    """Reading sixteen elements, or one for all sixteen."""
+    stride = access.strides[-1] if access.strides else 1
+    if stride == 1:
+        return f"load({pointer(access, depth)}, lanes)"
+    if stride == 0:
+        return f"load_one({pointer(access, depth, inner=False)})"
+    return f"load_strided({pointer(access, depth)}, {stride}, lanes)"
+
+
+def pointer(access: Access, depth: int, *, inner: bool = True) -> str:
+    """Where the elements of an index start."""
+    terms = [f"a{access.operand}", *([str(access.offset)] if access.offset else [])]
+    terms += (f"i{dim} * {access.strides[dim]}" for dim in range(depth) if access.strides[dim])
+    if inner and access.strides:
+        terms.append("i" if access.strides[-1] == 1 else f"i * {access.strides[-1]}")
+    elif inner:
+        terms.append("i")
+    return " + ".join(terms)
+
+
+def literal(value: float, kind: str) -> str:
+    """A number as C++ writes it, with all its digits."""
+    if math.isnan(value):
+        return "NAN"
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    text = np.format_float_scientific(np.float32(value), unique=True) if kind == "float" else repr(float(value))
+    return text + ("f" if kind == "float" else "")
+
+
+# The other kernels.
+
+
+def matmul(kernel: MatmulKernel) -> Printed:
+    """A product with panels of one or several parameters."""
+    x, out = kernel.arrays
+    count, column, lines = len(kernel.weights), 0, ["const Piece pieces[] = {"]
+    for index, (start, end) in enumerate(kernel.ranges):
+        bias = f"step.array<void>(argument[{2 + count + index}])" if kernel.biases else "nullptr"
+        lines.append(f"    {{step.array<void>(argument[{2 + index}]), {bias}, {start}, {end}, {column}}},")
+        column += end - start
+    kind = TYPES[kernel.weight_dtype]
+    lines += [
+        "};",
+        f"matmul<{kind}, {TYPES[out.dtype]}>(step, thread, step.count('{out.rows}'), "
+        f"step.array<{kind}>(argument[0]) + {kernel.offset}, {x.width},",
+        f"    {kernel.depth}, step.array<{TYPES[out.dtype]}>(argument[1]), {out.width}, pieces, {count});",
+    ]
+    weights = (*(f"weight {name}" for name in kernel.weights), *(f"bias {name}" for name in kernel.biases))
+    return Printed("matmul", indented(lines), (x.name, out.name, *weights))
+
+
+def gather(kernel: GatherKernel, packed: frozenset[str]) -> Printed:
+    """Rows of a parameter, from its panels where it has been packed."""
+    index, out = kernel.arrays
+    name = "gather_packed" if kernel.weight in packed else "gather"
+    kind = TYPES[kernel.weight_dtype]
+    lines = [
+        f"{name}<{kind}>(step, thread, step.count('{out.rows}'), "
+        f"step.array<int64_t>(argument[0]) + {kernel.offset}, {index.width},",
+        f"    step.array<{kind}>(argument[2]), {out.width}, step.array<{kind}>(argument[1]));",
+    ]
+    place = f"weight {kernel.weight}" if kernel.weight in packed else f"table {kernel.weight}"
+    return Printed("gather", indented(lines), (index.name, out.name, place))
+
+
+def cache(kernel: AppendKernel | AttendKernel, heads: int, width: int, at: int) -> str:
+    """The part of the KV state that belongs to the kernel's layer."""
+    kind = TYPES[kernel.kv_dtype]
+    size = f"step.call.slots * {heads} * step.call.capacity * {width}"
+    return f"step.array<{kind}>(argument[{at}]) + argument[{at + 1}] * ({size})"
+
+
+def print_heads(width: int, heads: Heads) -> str:
+    """Heads in the width of their array."""
+    return f"Heads{{{width}, {heads.offset}, {heads.stride}}}"
+
+
+def append(kernel: AppendKernel) -> Printed:
+    """Writing keys and values."""
+    keys, values = kernel.arrays
+    kind, k, v = TYPES[kernel.kv_dtype], kernel.keys, kernel.values
+    lines = [
+        f"append<{kind}, {k.width}, {v.width}>(step, thread, {k.count},",
+        f"    step.array<{kind}>(argument[0]), {print_heads(keys.width, k)},",
+        f"    step.array<{kind}>(argument[1]), {print_heads(values.width, v)},",
+        f"    {cache(kernel, k.count, k.width + v.width, 2)});",
+    ]
+    return Printed("append", indented(lines), (keys.name, values.name, f"state {kernel.state}", kernel.layer))
+
+
+def attend(kernel: AttendKernel) -> Printed:
+    """Attention over the cache."""
+    queries, out, *sinks = kernel.arrays
+    q, kind = kernel.queries, TYPES[kernel.kv_dtype]
+    inside = TYPES[computing(kernel.kv_dtype)]
+    scoring = f"{{{literal(kernel.scale, inside)}, {literal(kernel.softcap, inside)}}}"
+    width = q.width + kernel.value_dim
+    lines = [
+        f"attend<{kind}, {TYPES[out.dtype]}, {q.width}, {kernel.value_dim}>(step, thread, {q.count}, "
+        f"{kernel.kv_heads},",
+        f"    step.array<{kind}>(argument[0]), {print_heads(queries.width, q)},",
+        f"    {cache(kernel, kernel.kv_heads, width, 2)},",
+        f"    step.array<{TYPES[out.dtype]}>(argument[1]), "
+        + (f"step.array<{inside}>(argument[4])" if sinks else "nullptr")
+        + f", {kernel.window}, Scoring<{inside}>{scoring});",
+    ]
+    return Printed(
+        "attend",
+        indented(lines),
+        (queries.name, out.name, f"state {kernel.state}", kernel.layer, *(f"wide {one.name}" for one in sinks)),
+    )
+
+
+def indented(lines: list[str]) -> str:
+    """Lines of a function's body."""
+    return "".join(f"    {line}\n" for line in lines)

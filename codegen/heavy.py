@@ -1,0 +1,106 @@
+"""The kernels that are not row-wise: matrix products, gathers, and attention over a KV state."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from graft.codegen.kernel_ir import AppendKernel, Array, AttendKernel, GatherKernel, Heads, MatmulKernel
+from graft.codegen.row_form import ROW, View, regroup
+from graft.compiler.canonical import aten
+from graft.compiler.ops import kv_attend
+
+Views = dict[fx.Node, View]
+Arrays = dict[fx.Node, Array]
+
+
+def flat_row(view: View) -> int | None:
+    """Elements of a row that lie side by side in the view's order, or None where they do not."""
+    width = math.prod(view.sizes)
+    return width if regroup(view.sizes, view.steps, [width]) in ([1], [0]) else None
+
+
+def inner_dense(view: View) -> bool:
+    """Whether each head's vector lies side by side, and heads at equal distances: dims [1, heads, rows, head dim]."""
+    heads, width = view.dims[1], view.dims[3]
+    return view.dims[2] == ROW and heads != ROW and (width == 1 or view.strides[3] == 1)
+
+
+def heads_of(view: View) -> Heads:
+    """The heads of a view that is `inner_dense`."""
+    return Heads(view.offset, view.dims[1], view.strides[1], view.dims[3])
+
+
+def matmul_kernel(node: fx.Node, views: Views, arrays: Arrays) -> MatmulKernel:
+    """aten.linear and graft.linear_rows."""
+    view = views[node.args[0]]
+    if node.target is aten.linear.default:
+        weights, biases = [node.args[1]], [node.args[2]] if len(node.args) > 2 and node.args[2] is not None else []
+        ranges = [(0, int(weights[0].meta["val"].shape[0]))]
+    else:
+        weights, biases, flat = node.args[1:]
+        ranges = list(zip(flat[::2], flat[1::2], strict=True))
+    return MatmulKernel(
+        (arrays[view.base], arrays[node]),
+        (node,),
+        tuple(weight.target for weight in weights),
+        tuple(ranges),
+        tuple(bias.target for bias in biases),
+        view.offset,
+        view.dims[-1],
+        tuple(int(weight.meta["val"].shape[0]) for weight in weights),
+        weights[0].meta["val"].dtype,
+    )
+
+
+def gather_kernel(node: fx.Node, views: Views, arrays: Arrays) -> GatherKernel:
+    """aten.embedding."""
+    weight, index = node.args[:2]
+    view = views[index]
+    return GatherKernel(
+        (arrays[view.base], arrays[node]), (node,), weight.target, view.offset, weight.meta["val"].dtype
+    )
+
+
+def append_kernel(node: fx.Node, views: Views, arrays: Arrays, states: list[str]) -> AppendKernel:
+    """graft::kv_append."""
+    keys, values = views[node.args[1]], views[node.args[2]]
+    return AppendKernel(
+        (arrays[keys.base], arrays[values.base]),
+        (node,),
+        states.index(state_name(node)),
+        node.args[5],
+        heads_of(keys),
+        heads_of(values),
+        node.args[0].meta["val"].dtype,
+    )
+
+
+def attend_kernel(node: fx.Node, views: Views, arrays: Arrays, states: list[str]) -> AttendKernel:
+    """graft::kv_attend."""
+    names = [argument.name for argument in kv_attend._opoverload._schema.arguments]
+    given = {"window": 0, "softcap": 0.0, "sinks": None, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    queries, kv = views[given["q"]], given["kv"].meta["val"]
+    sinks = given["sinks"]
+    return AttendKernel(
+        (arrays[queries.base], arrays[node], *([arrays[sinks]] if sinks is not None else [])),
+        (node,),
+        states.index(state_name(node)),
+        given["layer"],
+        heads_of(queries),
+        int(kv.shape[2]),
+        int(kv.shape[4]) - queries.dims[3],
+        float(given["scale"]),
+        given["window"],
+        float(given["softcap"]),
+        kv.dtype,
+    )
+
+
+def state_name(node: fx.Node) -> str:
+    """The placeholder that a state value comes from."""
+    source = node.args[0]
+    while source.op != "placeholder":
+        source = source.args[0]
+    return source.name

@@ -1,0 +1,203 @@
+"""What a function becomes before it is printed: kernels over rows, in order, each a value of its own.
+
+A row is a token of the call (N of them) or one whose logits are wanted (R). Between kernels a value is an `Array`, one
+stretch of numbers for each row; inside a row kernel it is a register or a local array. Two kernels that are equal but
+for the arrays they are given print the same code, which is how identical layers share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Array:
+    """`width` elements for each row, stored row after row; rows "" is one row that all share."""
+
+    name: str
+    dtype: torch.dtype
+    width: int
+    rows: str
+
+
+@dataclass(frozen=True)
+class Access:
+    """A place for every index of a loop: element offset + sum(index * stride) of a row of an operand or local array."""
+
+    operand: int
+    """Which of the kernel's arrays; locals are counted behind them."""
+    offset: int
+    strides: tuple[int, ...]
+    selected: bool = False
+    """The row is the one that `wanted` names, rather than the one the kernel is at."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The element as a number of the computing dtype."""
+
+    access: Access
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Const:
+    """A literal."""
+
+    value: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A scalar operator (scalar_ops.PRIMITIVES) on values of the loop, by their index in the body."""
+
+    op: str
+    operands: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Convert:
+    """A value rounded to `dtype`, then computed with as the computing dtype of that."""
+
+    operand: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Store:
+    """A value written to an array, rounded to its dtype."""
+
+    access: Access
+    operand: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """A value combined ("sum", "max", "min") over the loop's reduced dims, divided by `divisor`, then stored."""
+
+    op: str
+    operand: int
+    access: Access
+    divisor: float
+    dtype: torch.dtype
+
+
+Instruction = Load | Const | Compute | Convert | Store | Reduce
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A body run for every index in `sizes`, the last `reduced` dims being those that its reductions combine."""
+
+    sizes: tuple[int, ...]
+    reduced: int
+    body: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What kernels of every kind have: their operands, and the nodes that they compute."""
+
+    arrays: tuple[Array, ...]
+    nodes: tuple[fx.Node, ...] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class RowKernel(Kernel):
+    """Row-wise chains and reductions: for every row, loops over its elements."""
+
+    rows: str = "N"
+    locals: tuple[tuple[int, torch.dtype], ...] = ()
+    """Elements and dtype of the arrays that live within a row."""
+    loops: tuple[Loop, ...] = ()
+
+
+@dataclass(frozen=True)
+class MatmulKernel(Kernel):
+    """arrays[1] = arrays[0] times the rows `ranges` of parameters side by side, plus their biases."""
+
+    weights: tuple[str, ...] = ()
+    ranges: tuple[tuple[int, int], ...] = ()
+    biases: tuple[str, ...] = ()
+    offset: int = 0
+    """First element of an input row that counts."""
+    depth: int = 0
+    """Elements of an input row that count: the products' inner dim."""
+    sizes: tuple[int, ...] = ()
+    """Rows of every parameter, whole."""
+    weight_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class GatherKernel(Kernel):
+    """arrays[1] = the row of a parameter that arrays[0] names."""
+
+    weight: str = ""
+    offset: int = 0
+    weight_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where the vectors of a row's heads lie: `count` of them, `stride` elements apart, `width` elements each."""
+
+    offset: int
+    count: int
+    stride: int
+    width: int
+
+
+@dataclass(frozen=True)
+class AppendKernel(Kernel):
+    """Keys (arrays[0]) and values (arrays[1]) written behind the committed tokens of their slots."""
+
+    state: int = 0
+    layer: int = 0
+    keys: Heads = Heads(0, 0, 0, 0)
+    values: Heads = Heads(0, 0, 0, 0)
+    kv_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class AttendKernel(Kernel):
+    """arrays[1] = attention of the queries arrays[0] over the row's path; arrays[2], if any, holds the sinks."""
+
+    state: int = 0
+    layer: int = 0
+    queries: Heads = Heads(0, 0, 0, 0)
+    kv_heads: int = 0
+    value_dim: int = 0
+    scale: float = 1.0
+    window: int = 0
+    softcap: float = 0.0
+    kv_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class AtenKernel(Kernel):
+    """Nodes that no rule takes, run through ATen one row at a time, so that a row's result stays its own."""
+
+    operands: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)
+    results: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)
+    views: dict[fx.Node, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Where operands and results lie in arrays (row_form.View); what is not there is handed on row by row."""
+    reason: str = ""
+    rows: str = "N"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A function cut into kernels."""
+
+    kernels: tuple[Kernel, ...]
+    constants: dict[str, Tensor]
+    """Values that no row enters, computed once, by the name of their array."""
+    outputs: tuple[Array, ...]
+    """Logits and hidden states."""

@@ -373,7 +373,7 @@ def aten_kernel(state: Cut, group: Group, arrays: dict[fx.Node, Array], results:
         node for node in group.nodes if node in results or (node not in state.views and loose.intersection(node.users))
     )
     return AtenKernel(
-        tuple(arrays[state.views[x].base] for x in given if x in state.views),
+        tuple(arrays[state.views[x].base] for x in (*given, *made) if x in state.views),
         tuple(group.nodes),
         given,
         made,

@@ -51,6 +51,8 @@ class CppExecutable:
         self.external = frozenset((*INPUTS, *(array.name for array in self.kernels.outputs)))
         self.offsets, self.bytes_per_row = place_arrays(self.kernels.kernels, self.external)
         self.arrays = {array.name: array for kernel in self.kernels.kernels for array in kernel.arrays}
+        self.seconds: np.ndarray | None = None
+        """Where to add up what each compiled kernel takes, in their order; None, as a rule, measures nothing."""
         self.capacity = 0
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.segments = [
@@ -133,6 +135,7 @@ class CppExecutable:
             self.addresses.ctypes.data,
             self.schedule.ctypes.data,
             self.arguments.ctypes.data,
+            seconds=self.seconds.ctypes.data if self.seconds is not None else None,
         )
         if not self.library.graft_here(self.team):
             self.team = self.open_team()

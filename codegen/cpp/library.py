@@ -45,6 +45,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("sequences", "parents", "lengths", "wanted")),
         *((name, ctypes.c_void_p) for name in ("addresses", "schedule", "arguments")),
         *((name, ctypes.c_int64) for name in ("first", "last")),
+        ("seconds", ctypes.c_void_p),
     )
 
 

@@ -45,8 +45,7 @@ CONVERSIONS = {
     torch.int32: "to_i64",
 }
 NEUTRAL = {"sum": "0", "max": "-INFINITY", "min": "INFINITY"}
-COMBINE = {"sum": "a + b", "max": "larger(a, b)", "min": "smaller(a, b)"}
-COMBINE_VECTORS = {"sum": "op::add", "max": "max", "min": "min"}
+COMBINE = {"sum": "op::add", "max": "op::max", "min": "op::min"}
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,16 @@ def row_kernel(kernel: RowKernel) -> str:
         row = "step.call.wanted[row]" if index in selected else "row"
         shift = f" + {row} * {array.width}" if array.rows else ""
         lines.append(f"    auto* a{index} = step.array<{TYPES[array.dtype]}>(argument[{index}]){shift};")
+    used = {one.access.operand for loop in kernel.loops for one in loop.body if isinstance(one, (Load, Store, Reduce))}
     for index, (size, dtype) in enumerate(kernel.locals):
+        if index + len(kernel.arrays) not in used:
+            continue  # the value has moved to an array that other kernels read
         lines.append(f"    alignas(64) {TYPES[dtype]} a{index + len(kernel.arrays)}[{size}];")
     for loop in kernel.loops:
-        lines += ("    " + line for line in print_loop(loop))
+        braces = any(isinstance(one, Reduce) for one in loop.body) and len(loop.sizes) == loop.reduced
+        lines += ["    {", *("        " + line for line in print_loop(loop)), "    }"] if braces else [
+            "    " + line for line in print_loop(loop)
+        ]
     return indented([*lines, "}"])
 
 
@@ -129,7 +134,7 @@ def print_loop(loop: Loop) -> Iterator[str]:
     indent = indent[: len(indent) - 4 * (depth - outer)]
     for at, one in reductions:
         kind = types[one.operand]
-        total = f"fold<{kind}>(r{at}, []({kind} a, {kind} b) {{ return {COMBINE[one.op]}; }})"
+        total = f"fold<{kind}>(r{at}, [](auto a, auto b) {{ return {COMBINE[one.op]}(a, b); }})"
         total += f" / {literal(one.divisor, kind)}" if one.divisor != 1 else ""
         if TYPES[one.dtype] not in (kind, "int64_t"):
             total = f"rounded<{TYPES[one.dtype]}>({total})"
@@ -164,7 +169,7 @@ def statement(at: int, one: object, types: dict[int, str], depth: int) -> str:
             return f"store_strided({pointer(access, depth)}, {stride}, {value}, lanes);"
         case Reduce(op, operand):
             neutral = f"splat<{types[operand]}>({NEUTRAL[op]})"
-            return f"r{at} = {COMBINE_VECTORS[op]}(r{at}, keep(v{operand}, {neutral}, lanes));"
+            return f"r{at} = {COMBINE[op]}(r{at}, keep(v{operand}, {neutral}, lanes));"
     raise AssertionError(one)
 
 

@@ -108,56 +108,66 @@ template <class C, int VD> struct Query {
 
     // Turns a block's scores, of which those from `low` to `high` count, into weights.
     void weigh(int low, int high) {
-        vec<C> best = splat(-C(INFINITY)), s[TILES];
+        vec<C> s[TILES];
+        for (int tile = 0; tile < TILES; ++tile) s[tile] = widen(scores + tile * TILE);
+        if (low > 0 || high < KEYS)
+            for (int tile = 0; tile < TILES; ++tile) {
+                const auto inside = lanes_below(high - tile * TILE, s[0]) & ~lanes_below(low - tile * TILE, s[0]);
+                s[tile] = inside ? s[tile] : splat(-C(INFINITY));
+            }
+        // NaN may get lost here; it comes back with the weights.
+        const auto more = [](auto a, auto b) { return a > b ? a : b; };
+        const C limit = more(fold<C>(more(more(s[0], s[1]), more(s[2], s[3])), more), top);
         for (int tile = 0; tile < TILES; ++tile) {
-            s[tile] = widen(scores + tile * TILE);
-            const auto inside = lanes_below(high - tile * TILE, best) & ~lanes_below(low - tile * TILE, best);
-            s[tile] = inside ? s[tile] : splat(-C(INFINITY));
-            best = max(s[tile], best);
+            s[tile] = op::exp(s[tile] - limit);
+            narrow(s[tile], scores + tile * TILE);
         }
-        const C limit = larger(fold<C>(best, larger<C>), top);
-        vec<C> sum{};
-        for (int tile = 0; tile < TILES; ++tile) {
-            const auto inside = lanes_below(high - tile * TILE, best) & ~lanes_below(low - tile * TILE, best);
-            const vec<C> weight = inside ? op::exp(s[tile] - limit) : vec<C>{};
-            narrow(weight, scores + tile * TILE);
-            sum += weight;
+        const C sum = fold<C>((s[0] + s[1]) + (s[2] + s[3]), [](auto a, auto b) { return a + b; });
+        if (limit != top) {
+            const C faded = op::exp(splat(top - limit))[0];
+            total *= faded;
+            for (auto& part : gathered) part *= faded;
         }
-        const C faded = op::exp(splat(top - limit))[0];
-        total = total * faded + fold<C>(sum, [](C a, C b) { return a + b; });
+        total += sum;
         top = limit;
-        for (auto& part : gathered) part *= faded;
     }
 };
 
-// Adds weights[low..high) times their values to what N queries have gathered.
-template <int N, class T, class C, int VD>
-INLINE void gather_values(Query<C, VD>* const* queries, const T* const* values, int tile, int low, int high) {
-    constexpr int vectors = Query<C, VD>::vectors;
-    vec<C> sums[N][vectors];
-    for (int i = 0; i < N; ++i) memcpy(sums[i], queries[i]->gathered, sizeof sums[i]);
-    for (int key = low; key < high; ++key) {
-        vec<C> value[vectors];
-        sweep<VD>([&](int64_t d, auto lanes) { value[d / LANES] = load(values[key] + d, lanes); });
-        for (int i = 0; i < N; ++i) {
-            const vec<C> weight = splat(queries[i]->scores[tile * TILE + key]);
-            for (int part = 0; part < vectors; ++part) sums[i][part] = fma(weight, value[part], sums[i][part]);
-        }
+// Sixteen values as numbers that are computed with, padded to whole vectors.
+template <class T, int VD> struct ValueTile {
+    typedef computing<T> C;
+    static constexpr int vectors = Query<C, VD>::vectors;
+    vec<C> of[TILE][vectors];
+
+    void fill(const T* const (&keys)[TILE], int64_t key_dim, int low, int high) {
+        for (int key = low; key < high; ++key)
+            sweep<VD>([&](int64_t d, auto lanes) { of[key][d / LANES] = load(keys[key] + key_dim + d, lanes); });
     }
-    for (int i = 0; i < N; ++i) memcpy(queries[i]->gathered, sums[i], sizeof sums[i]);
-}
+
+    // Adds weights[low..high) times the values to what N queries have gathered.
+    template <int N> INLINE void add(Query<C, VD>* queries, int at, int low, int high) const {
+        vec<C> sums[N][vectors];
+        for (int i = 0; i < N; ++i) memcpy(sums[i], queries[i].gathered, sizeof sums[i]);
+        for (int key = low; key < high; ++key)
+            for (int i = 0; i < N; ++i) {
+                const vec<C> weight = splat(queries[i].scores[at * TILE + key]);
+                for (int part = 0; part < vectors; ++part) sums[i][part] = fma(weight, of[key][part], sums[i][part]);
+            }
+        for (int i = 0; i < N; ++i) memcpy(queries[i].gathered, sums[i], sizeof sums[i]);
+    }
+};
 
 template <class T, class O, int KD, int VD> struct Attention {
     typedef computing<T> C;
-    static constexpr int together = std::max(1, (REGISTERS - 4) / 2 / Query<C, VD>::vectors);
+    static constexpr int together = std::max(1, REGISTERS / int(sizeof(C) / sizeof(float)) / Query<C, VD>::vectors * 2 / 3);
 
     const Step& step;
     const T* kv;  // of one slot and head
     int64_t group, first, count;  // queries per row; rows
     int64_t window;
     Scoring<C> scoring;
-    std::vector<const T*> vectors;
-    std::vector<Query<C, VD>> queries;
+    const T** vectors;
+    Query<C, VD>* queries;
 
     int64_t start(int64_t row) const {
         return window ? std::max<int64_t>(0, step.position[row] + 1 - window) : 0;
@@ -174,6 +184,12 @@ template <class T, class O, int KD, int VD> struct Attention {
             keys[key] = kv + place(row, std::min(std::max(from + key, low), high)) * (KD + VD);
     }
 
+    // Brings the keys and values of a tile nearer.
+    void expect(int64_t from) const {
+        const char* at = (const char*)(kv + from * (KD + VD));
+        for (int64_t byte = 0; byte < int64_t(TILE * (KD + VD) * sizeof(T)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
+
     template <int N> void score_some(const KeyTile<T, KD>& tile, int at, int64_t query) {
         vec<C> sums[N];
         tile.template dot<N>(&vectors[query], sums);
@@ -186,21 +202,14 @@ template <class T, class O, int KD, int VD> struct Attention {
 
     void score(const KeyTile<T, KD>& tile, int at, int64_t query, int64_t end) {
         for (; query + 8 <= end; query += 8) score_some<8>(tile, at, query);
+        for (; query + 4 <= end; query += 4) score_some<4>(tile, at, query);
         for (; query + 3 <= end; query += 3) score_some<3>(tile, at, query);
         for (; query < end; ++query) score_some<1>(tile, at, query);
     }
 
-    void add_values(const T* const (&keys)[TILE], int at, int low, int high, int64_t query, int64_t end) {
-        const T* values[TILE];
-        for (int key = 0; key < TILE; ++key) values[key] = keys[key] + KD;
-        Query<C, VD>* some[together];
-        while (query < end) {
-            const int64_t n = end - query >= together ? together : 1;
-            for (int64_t i = 0; i < n; ++i) some[i] = &queries[query + i];
-            if (n == together) gather_values<together, T, C, VD>(some, values, at, low, high);
-            else gather_values<1, T, C, VD>(some, values, at, low, high);
-            query += n;
-        }
+    template <int N> void add_some(const ValueTile<T, VD>& tile, int at, int low, int high, int64_t query, int64_t end) {
+        for (; query + N <= end; query += N) tile.template add<N>(queries + query, at, low, high);
+        if constexpr (N > 1) add_some<N - 1>(tile, at, low, high, query, end);
     }
 
     // Calls each(keys, first query, last query, row) for the rows that share a tile's keys, then for the others.
@@ -215,16 +224,18 @@ template <class T, class O, int KD, int VD> struct Attention {
         }
     }
 
-    void block(int64_t from, int64_t first_row, int64_t rows) {
+    void block(int64_t from) {
         KeyTile<T, KD> tile;
+        ValueTile<T, VD> values;
         for (int at = 0; at < TILES; ++at)
-            over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool) {
+            over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool shared) {
                 const int64_t start_of_tile = from + at * TILE;
                 if (start_of_tile > step.position[row] || start_of_tile + TILE <= start(row)) return;
+                if (shared) expect(start_of_tile + KEYS);
                 tile.fill(keys);
                 score(tile, at, query, end);
             });
-        for (int64_t row = first_row; row < first_row + rows; ++row) {
+        for (int64_t row = 0; row < count; ++row) {
             const int64_t low = start(first + row) - from, high = step.position[first + row] + 1 - from;
             if (low >= KEYS || high <= 0) continue;
             for (int64_t i = 0; i < group; ++i)
@@ -235,13 +246,17 @@ template <class T, class O, int KD, int VD> struct Attention {
                 const int64_t start_of_tile = from + at * TILE;
                 const int64_t low = shared ? 0 : std::max<int64_t>(0, start(row) - start_of_tile);
                 const int64_t high = shared ? TILE : std::min<int64_t>(TILE, step.position[row] + 1 - start_of_tile);
-                if (low < high) add_values(keys, at, int(low), int(high), query, end);
+                if (low >= high) return;
+                values.fill(keys, KD, int(low), int(high));
+                add_some<together>(values, at, int(low), int(high), query, end);
             });
     }
 
     void run(const T* q, Heads heads, const C* sinks, int64_t head, O* out, int64_t out_width) {
         int64_t begin = start(first), end = 0;
-        vectors.resize(count * group), queries.resize(count * group);
+        const std::unique_ptr<const T*[]> places(new const T*[count * group]);
+        const std::unique_ptr<Query<C, VD>[]> all(new Query<C, VD>[count * group]);
+        vectors = places.get(), queries = all.get();
         for (int64_t row = 0; row < count; ++row) {
             begin = std::min(begin, start(first + row)), end = std::max<int64_t>(end, step.position[first + row] + 1);
             for (int64_t i = 0; i < group; ++i) {
@@ -249,7 +264,8 @@ template <class T, class O, int KD, int VD> struct Attention {
                 queries[row * group + i].start(sinks ? sinks + head + i : nullptr);
             }
         }
-        for (int64_t from = begin / KEYS * KEYS; from < end; from += KEYS) block(from, 0, count);
+        for (int tile = 0; tile < TILES; ++tile) expect(begin / KEYS * KEYS + tile * TILE);
+        for (int64_t from = begin / KEYS * KEYS; from < end; from += KEYS) block(from);
         for (int64_t row = 0; row < count; ++row)
             for (int64_t i = 0; i < group; ++i) {
                 const Query<C, VD>& query = queries[row * group + i];
@@ -272,7 +288,7 @@ void attend(const Step& step, int thread, int64_t heads, int64_t kv_heads, const
         for (int64_t head = 0; head < kv_heads; ++head, ++item) {
             if (item % step.threads != thread) continue;
             const T* stored = kv + (call.sequences[first] * kv_heads + head) * call.capacity * (KD + VD);
-            Attention<T, O, KD, VD> attention{step, stored, group, first, end - first, window, scoring, {}, {}};
+            Attention<T, O, KD, VD> attention{step, stored, group, first, end - first, window, scoring, nullptr, nullptr};
             attention.run(q, where, sinks, head * group, out, heads * VD);
         }
     }

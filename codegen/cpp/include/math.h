@@ -42,7 +42,7 @@ template <class V> INLINE V pow(V a, V b) {
 
 template <size_t n> INLINE f32v polynomial(f32v x, const float (&coefficients)[n]) {
     f32v sum = splat(coefficients[0]);
-    for (size_t i = 1; i < n; ++i) sum = sum * x + coefficients[i];
+    for (size_t i = 1; i < n; ++i) sum = fma(sum, x, splat(coefficients[i]));
     return sum;
 }
 
@@ -52,14 +52,18 @@ INLINE f32v exp(f32v x) {
     // Beyond these all results are infinite or zero; NaN passes.
     f32v within = x < -104.0f ? splat(-104.0f) : x > 89.0f ? splat(89.0f) : x;
     constexpr float shift = 12582912.0f;  // adding it leaves a whole number in the last bits
-    f32v whole = within * 1.44269504f + shift - shift;
-    f32v rest = within - whole * 0.693359375f;
-    rest = rest - whole * -2.12194440e-4f;
+    f32v whole = fma(within, splat(1.44269504f), splat(shift)) - shift;
+    f32v rest = fma(whole, splat(-0.693359375f), within);  // ln(2) in two parts, the first of few digits
+    rest = fma(whole, splat(2.12194440e-4f), rest);
     constexpr float fitted[] = {0.000199037109f, 0.0013928347f, 0.00833329372f, 0.0416665412f, 0.166666672f, 0.5f};  // (e**r - 1 - r) / r**2 for |r| <= ln(2) / 2
-    f32v value = polynomial(rest, fitted) * (rest * rest) + rest + 1.0f;
-    // In two steps, for results that are subnormal.
+    f32v value = fma(polynomial(rest, fitted), rest * rest, rest) + 1.0f;
+#if defined(__AVX512F__)
+    return (f32v)_mm512_scalef_ps((__m512)value, (__m512)whole);
+#else
+    // In two steps, so that a subnormal result is rounded once.
     i32v exponent = __builtin_convertvector(whole == whole ? whole : f32v{}, i32v), half = exponent >> 1;
     return value * power_of_two(half) * power_of_two(exponent - half);
+#endif
 }
 
 INLINE f32v tanh(f32v x) {

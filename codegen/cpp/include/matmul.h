@@ -66,20 +66,22 @@ template <int R> INLINE void multiply_pairs(Sums<float, R>& sums, const bf16* pa
     }
 }
 
+// The panel after this one, brought nearer while this one is multiplied: so many bytes for every input.
+struct Ahead { const char* from; int64_t step; };
+
 template <class W, int R>
-INLINE void accumulate(Sums<computing<W>, R>& sums, const W* panel, const W* x, int64_t stride, int64_t depth, const char* next) {
+INLINE void accumulate(Sums<computing<W>, R>& sums, const W* panel, const W* x, int64_t stride, int64_t depth, Ahead ahead) {
     constexpr int64_t line = 64;
     if constexpr (std::is_same_v<W, bf16>) {
-        for (int64_t k = 0; k + 1 < depth; k += 2) {
-            __builtin_prefetch(next + k * line);
-            __builtin_prefetch(next + k * line + line);
+        for (int64_t k = 0; k + 1 < depth; k += 2, ahead.from += ahead.step * 2) {
+            __builtin_prefetch(ahead.from, 0, 2);
+            if (ahead.step * 2 > line) __builtin_prefetch(ahead.from + line, 0, 2);
             multiply_pairs<R>(sums, panel + k * PANEL, x + k, stride, 2);
         }
         if (depth % 2) multiply_pairs<R>(sums, panel + (depth - 1) * PANEL, x + depth - 1, stride, 1);
     } else {
-        constexpr int64_t bytes = PANEL * sizeof(W);
-        for (int64_t k = 0; k < depth; ++k) {
-            for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(next + k * bytes + at);
+        for (int64_t k = 0; k < depth; ++k, ahead.from += ahead.step) {
+            for (int64_t at = 0; at < ahead.step; at += line) __builtin_prefetch(ahead.from + at, 0, 2);
             multiply<R>(sums, panel + k * PANEL, x + k, stride);
         }
     }
@@ -93,10 +95,10 @@ template <class O, class V> INLINE void store_lanes(O* out, V x, int64_t low, in
 
 template <class W, class O, int R>
 void multiply_block(const W* panel, const W* x, int64_t stride, int64_t depth, const W* bias, O* out, int64_t out_stride,
-                    int64_t low, int64_t high, const char* next) {
+                    int64_t low, int64_t high, Ahead ahead) {
     typedef computing<W> C;
     Sums<C, R> sums{};
-    accumulate<W, R>(sums, panel, x, stride, depth, next);
+    accumulate<W, R>(sums, panel, x, stride, depth, ahead);
     for (int half = 0; half < 2; ++half) {
         vec<C> offset{};
         const int64_t from = low - half * LANES, to = high - half * LANES;
@@ -134,13 +136,13 @@ void matmul(const Step& step, int thread, int64_t rows, const W* x, int64_t stri
             const int64_t number = piece.first_panel() + at - done, top = number * PANEL;
             const W* panel = (const W*)piece.panels + number * panel_size<W>(depth);
             const int64_t low = std::max(piece.start - top, int64_t(0)), high = std::min(piece.end - top, int64_t(PANEL));
-            // While the last rows are multiplied, the next panel is on its way.
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t first = rows * block / blocks, last = rows * (block + 1) / blocks;
-                const W* ahead = block + 1 == blocks ? panel + panel_size<W>(depth) : panel;
+                const char* next = (const char*)(panel + panel_size<W>(depth));
+                const int64_t step = PANEL * sizeof(W) / blocks;
                 multiply_some<W, O>(last - first, panel, x + first * stride, stride, depth, bias ? bias + top : nullptr,
                                     out + first * out_stride + piece.column + top - piece.start, out_stride, low, high,
-                                    (const char*)ahead);
+                                    Ahead{next + block * step * depth, step});
             }
         }
     }

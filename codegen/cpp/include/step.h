@@ -17,6 +17,7 @@ struct Call {
     const int32_t* schedule;     // for each kernel to run: its number, and where its arguments start
     const int32_t* arguments;
     int64_t first, last;         // the part of the schedule to run
+    double* seconds;             // if any: for each kernel of the schedule, what it took is added
 };
 
 struct Step {
@@ -63,12 +64,17 @@ struct Share {
     Share(int64_t count, int thread, int threads) : first(count * thread / threads), last(count * (thread + 1) / threads) {}
 };
 
+typedef std::chrono::steady_clock Clock;
+
 inline void run(Team& team, const Step& step) {
     team.run([&](int thread) {
         for (int64_t i = step.call.first; i < step.call.last; ++i) {
             const int32_t* entry = step.call.schedule + 2 * i;
+            const auto start = thread == 0 && step.call.seconds ? Clock::now() : Clock::time_point{};
             step.kernels[entry[0]](step, step.call.arguments + entry[1], thread);
             team.barrier();
+            if (thread == 0 && step.call.seconds)
+                step.call.seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
         }
     });
 }

@@ -78,7 +78,11 @@ INLINE f64v widen(const int64_t* p) { i64v x; memcpy(&x, p, sizeof x); return __
 INLINE f32v widen(const bf16* p) {
     u16v x;
     memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)
+    return bits<f32v>(bits<u32v>(_mm512_cvtepu16_epi32(bits<__m256i>(x))) << 16);
+#else
     return bits<f32v>(__builtin_convertvector(x, u32v) << 16);
+#endif
 }
 INLINE f32v widen(const f16* p) {
 #if defined(__AVX512F__)
@@ -98,8 +102,12 @@ INLINE u32v rounded_bits(f32v x) {
     return x != x ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1);
 }
 INLINE void narrow(f32v x, bf16* p) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bits<__m512i>(rounded_bits(x) >> 16)));
+#else
     u16v y = __builtin_convertvector(rounded_bits(x) >> 16, u16v);
     memcpy(p, &y, sizeof y);
+#endif
 }
 INLINE void narrow(f32v x, f16* p) {
 #if defined(__AVX512F__)
@@ -182,31 +190,23 @@ INLINE f64v fma(f64v a, f64v b, f64v c) {
 #endif
 }
 
-// Lanes folded in halves, always in the same order.
-template <class C, class F> INLINE C fold(vec<C> x, F combine) {
-    C all[LANES];
-    memcpy(all, &x, sizeof x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int lane = 0; lane < width; ++lane) all[lane] = combine(all[lane], all[lane + width]);
-    return all[0];
-}
-template <class C> INLINE C larger(C a, C b) { return a > b || a != a ? a : b; }
-template <class C> INLINE C smaller(C a, C b) { return a < b || a != a ? a : b; }
 INLINE f32v max(f32v a, f32v b) { return (a > b) | (a != a) ? a : b; }
 INLINE f64v max(f64v a, f64v b) { return (a > b) | (a != a) ? a : b; }
 INLINE f32v min(f32v a, f32v b) { return (a < b) | (a != a) ? a : b; }
 INLINE f64v min(f64v a, f64v b) { return (a < b) | (a != a) ? a : b; }
 
-INLINE i32v lanes_below(int count, f32v) {
-    constexpr i32v index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return index < count;
-}
-INLINE i64v lanes_below(int count, f64v) {
-    constexpr i64v index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return index < count;
-}
+template <class C> constexpr mask<C> lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+INLINE i32v lanes_below(int count, f32v) { return lane_numbers<float> < count; }
+INLINE i64v lanes_below(int count, f64v) { return lane_numbers<double> < count; }
 template <class V> INLINE V keep(V x, V, Whole) { return x; }
 template <class V> INLINE V keep(V x, V other, Part part) { return lanes_below(part.count, x) ? x : other; }
+
+// All lanes combined into one, in halves, always in the same order.
+template <class C, class F> INLINE C fold(vec<C> x, F combine) {
+    for (int width = LANES / 2; width; width /= 2) x = combine(x, __builtin_shuffle(x, lane_numbers<C> ^ width));
+    return x[0];
+}
 
 // Calls body(first element, lanes) over `count` elements.
 template <int64_t count, class Body> INLINE void sweep(Body body) {

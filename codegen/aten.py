@@ -8,19 +8,20 @@ call and shared by all layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from graft.compiler.canonical import graft
 from graft.compiler.errors import LoweringError
 from graft.compiler.nodes import call_nodes
 from graft.compiler.ops import NO_PARENT, softmax_attention
-from graft.compiler.program import FLAT, Function
+from graft.compiler.program import FLAT, Function, KernelRecord
 
 
 class Layout:
@@ -136,6 +137,9 @@ class AtenExecutable:
     invariant = False
     """A library matmul may sum in another order for another number of rows."""
 
+    kernels: tuple[KernelRecord, ...] = ()
+    memory: Mapping[str, int] = MappingProxyType({})
+
     def __init__(self, function: Function) -> None:
         if not function.flat:
             raise LoweringError(
@@ -150,6 +154,10 @@ class AtenExecutable:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return self.run(*inputs)
+
+    def release(self, modules: Sequence[nn.Module]) -> int:
+        """Nothing: ATen reads the parameters as they are."""
+        return 0
 
     @property
     def source(self) -> str:

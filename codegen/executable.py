@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from graft.compiler.program import KernelRecord
 
 
 class Executable(Protocol):
@@ -17,6 +20,17 @@ class Executable(Protocol):
     @property
     def invariant(self) -> bool:
         """Whether a row's result is the same, bit for bit, whatever other rows ride along."""
+
+    @property
+    def kernels(self) -> tuple[KernelRecord, ...]:
+        """What it runs, in order; empty where ATen runs all of it."""
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by what they are for: "weights" of its own (packed copies), "arena"."""
+
+    def release(self, modules: Sequence[nn.Module]) -> int:
+        """Give up the modules' parameters that are held packed (codegen.release); returns the bytes given back."""
 
     @property
     def source(self) -> str:

@@ -18,7 +18,7 @@ Arrays = dict[fx.Node, Array]
 def flat_row(view: View) -> int | None:
     """Elements of a row that lie side by side in the view's order, or None where they do not."""
     width = math.prod(view.sizes)
-    return width if regroup(view.sizes, view.steps, [width]) in ([1], [0]) else None
+    return width if regroup(view.sizes, view.steps, [width]) == [1 if width > 1 else 0] else None
 
 
 def inner_dense(view: View) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graft.compiler.program import Function
+
 
 @dataclass(frozen=True)
 class Array:
@@ -201,3 +203,5 @@ class Kernels:
     """Values that no row enters, computed once, by the name of their array."""
     outputs: tuple[Array, ...]
     """Logits and hidden states."""
+    function: Function
+    """The function that was cut: a copy, with the nodes that kernels name."""

@@ -300,7 +300,8 @@ def bind_output(state: Cut, node: fx.Node) -> fx.Node:
     if view is None or form is None or not form.rows:
         raise LoweringError("an output of the function is not made of rows", found=node.format_node())
     base = view.base
-    ours = base in state.owner and not (state.owner[base][1] == "group" and state.groups[state.owner[base][0] - 1].reason)
+    place, kind = state.owner.get(base, (0, ""))
+    ours = kind in ("N", "R") or (kind == "group" and not state.groups[place - 1].reason)
     dense = view.offset == 0 and flat_row(view) == form.width and state.forms.get(base) is not None
     if ours and dense and state.forms[base].width == form.width and base not in state.bound:
         state.bound.append(base)
@@ -326,7 +327,7 @@ def assemble(state: Cut, outputs: tuple[fx.Node, ...]) -> Kernels:
                 kernels.append(builder.finish([node for node in nodes if node in results]))
     used = {array.name for kernel in kernels for array in kernel.arrays if array.rows == ""}
     needed = [node for node in state.graph.nodes if node.name in used]
-    return Kernels(tuple(kernels), constants(state, needed), tuple(arrays[node] for node in outputs))
+    return Kernels(tuple(kernels), constants(state, needed), tuple(arrays[node] for node in outputs), state.function)
 
 
 def array_of(state: Cut, node: fx.Node) -> Array:

@@ -300,9 +300,9 @@ class RowBuilder:
         """exp(x - max) / sum, in three loops."""
         source = self.views[node.args[0]]
         axis = node.args[1] % len(source.dims)
-        order = [place for place, size in enumerate(source.dims) if size != ROW and place != axis] + [axis]
-        sizes = tuple(source.dims[place] for place in order)
-        view = View(source.base, sizes, tuple(source.strides[place] for place in order), source.offset)
+        order = [other for other, size in enumerate(source.dims) if size != ROW and other != axis] + [axis]
+        sizes = tuple(source.dims[one] for one in order)
+        view = View(source.base, sizes, tuple(source.strides[one] for one in order), source.offset)
         inside, outer = computing(self.dtype(self.views[node])), sizes[:-1]
         narrow = (*contiguous(outer), 0)
         top, total = self.local(math.prod(outer), inside), self.local(math.prod(outer), inside)
@@ -310,9 +310,8 @@ class RowBuilder:
         loop.add(Reduce("max", self.operand(loop, view, inside), Access(top, 0, narrow), 1.0, inside))
         exponents = self.local(math.prod(sizes), inside)
         second = self.new_loop(sizes, 1)
-        shifted = second.add(
-            Compute("sub", (self.operand(second, view, inside), second.add(Load(Access(top, 0, narrow), inside))), inside)
-        )
+        limit = second.add(Load(Access(top, 0, narrow), inside))
+        shifted = second.add(Compute("sub", (self.operand(second, view, inside), limit), inside))
         power = second.add(Compute("exp", (shifted,), inside))
         second.add(Store(Access(exponents, 0, contiguous(sizes)), power, inside))
         second.add(Reduce("sum", power, Access(total, 0, narrow), 1.0, inside))
@@ -330,8 +329,8 @@ class RowBuilder:
         place = self.local(math.prod(sizes), inside)
         dtype = self.dtype(self.views[node])
         register = self.rounded(third, share, dtype, inside)
-        own = contiguous([source.dims[place] if source.dims[place] != ROW else ROW for place in range(len(source.dims))])
-        third.add(Store(Access(place, 0, tuple(own[place] for place in order)), register, inside))
+        own = contiguous(source.dims)
+        third.add(Store(Access(place, 0, tuple(own[axis] for axis in order)), register, inside))
         self.stored[node] = place
         self.made[node] = Made(self.loops.index(third), None, self.views[node].sizes)
 

@@ -125,11 +125,11 @@ def permuted(source: View, order: Sequence[int]) -> View:
 
 def sliced(node: fx.Node, source: View, form: Form) -> View | None:
     """A stretch of one dim, or of none where the slice takes all rows."""
-    dim, start, _, step = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
-    dim %= len(source.dims)
+    given = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False)) | node.kwargs
+    dim, start, step = given.get("dim", 0) % len(source.dims), given.get("start") or 0, given.get("step", 1)
     if source.dims[dim] == ROW:
-        return source if form.dims[dim] == ROW and start in (None, 0) and step == 1 else None
-    start = min(max(start + source.dims[dim] if (start or 0) < 0 else start or 0, 0), source.dims[dim])
+        return source if form.dims[dim] == ROW and start == 0 and step == 1 else None
+    start = min(max(start + source.dims[dim] if start < 0 else start, 0), source.dims[dim])
     strides = [*source.strides]
     offset = source.offset + start * strides[dim]
     strides[dim] *= step

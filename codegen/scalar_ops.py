@@ -48,11 +48,10 @@ def sigmoid(x: Tree) -> Tree:
 
 
 def gelu(x: Tree, *, approximate: str = "none") -> Tree:
+    inner: Tree = ("erf", ("mul", x, math.sqrt(0.5)))
     if approximate == "tanh":
         cubic = ("add", x, ("mul", 0.044715, ("mul", ("mul", x, x), x)))
         inner = ("tanh", ("mul", math.sqrt(2 / math.pi), cubic))
-    else:
-        inner = ("erf", ("mul", x, math.sqrt(0.5)))
     return ("mul", ("mul", 0.5, x), ("add", 1.0, inner))
 
 

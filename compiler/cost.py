@@ -273,5 +273,5 @@ def weights_read(function: Function, model: CostModel) -> sympy.Expr:
         for operand in parameters:
             tensor = attribute(function.weights, operand.target)
             if isinstance(tensor, Tensor):
-                whole[tensor.data_ptr()] = tensor.nbytes
+                whole[tensor.data_ptr() or id(tensor)] = tensor.nbytes  # released parameters have no place
     return sympy.Add(*gathers, sum(whole.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from graft.compiler.errors import GraftError
 from graft.compiler.shapes import Fakes, derive
 
 if TYPE_CHECKING:
+    from graft.compiler.cost import Cost
     from graft.compiler.diff import Diff
     from graft.compiler.draw import Drawing
     from graft.compiler.explain import Explanation
@@ -68,6 +69,32 @@ and index in this call of the row before it (-1: committed or none). For each of
 of R results: the row whose logits are wanted. Outputs: logits [R, vocabulary], hidden [N, width], the next states."""
 
 
+@dataclass(frozen=True)
+class KernelRecord:
+    """One kernel that a function was lowered to."""
+
+    name: str
+    """Of its code; kernels that are equal but for their operands share it."""
+    nodes: tuple[str, ...]
+    """The nodes that it computes."""
+    cost: Cost
+    """Bytes that it has to move, and floating-point operations."""
+    reason: str = ""
+    """Why ATen runs it, where no kernel of ours does."""
+
+
+class Lowered(Protocol):
+    """What a function shows of the code that runs it (codegen.executable.Executable has more)."""
+
+    @property
+    def kernels(self) -> tuple[KernelRecord, ...]:
+        """What it runs, in order."""
+
+    @property
+    def source(self) -> str:
+        """The code."""
+
+
 @dataclass
 class Function:
     """One fx graph in canonical form with a name and a signature, straight-line but for torch.cond."""
@@ -78,11 +105,23 @@ class Function:
     """Holds the parameters that get_attr nodes name; shared by all functions of a program."""
     inputs: tuple[Input, ...]
     states: tuple[KVState, ...] = ()
+    lowered: Lowered | None = field(default=None, repr=False)
+    """The code that runs it, once there is some. A copy, which a pass may change, has none."""
 
     @property
     def flat(self) -> bool:
         """Whether it runs on flat ragged rows with KV states, rather than on a dense batch without a cache."""
         return self.inputs[0].sizes == ("N",)
+
+    @property
+    def kernels(self) -> tuple[KernelRecord, ...]:
+        """What it was lowered to, in order; empty before that, and where ATen runs all of it."""
+        return self.lowered.kernels if self.lowered else ()
+
+    @property
+    def source(self) -> str:
+        """The code that runs it; empty before it was lowered."""
+        return self.lowered.source if self.lowered else ""
 
     @property
     def output(self) -> fx.Node:

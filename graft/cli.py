@@ -24,6 +24,7 @@ examples:
   python -m graft inspect HuggingFaceTB/SmolLM2-135M --after kv-cache
   python -m graft inspect model/ --plan plan.toml --diff capture skip-ffn
   python -m graft inspect model/ --explain linear_3
+  python -m graft inspect model/ --source
   python -m graft run model/ --prompt "The capital of France is" --max-new-tokens 32
   python -m graft passes
 """
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="what changed between two passes")
     what.add_argument("--explain", metavar="NODE", help="everything known about one node or parameter")
     what.add_argument("--svg", metavar="FILE", help="draw the function (forward, or --function)")
+    what.add_argument("--source", action="store_true", help="the generated code of the function")
     what.add_argument("--report", action="store_true", help="what each pass did, and the predicted cost of a step")
     inspect.set_defaults(command=inspect_command)
 
@@ -118,6 +120,8 @@ def view(arguments: argparse.Namespace, fast: Any) -> str:
     program: Program = fast.program
     if arguments.report:
         return str(fast.report())
+    if arguments.source:
+        return str(program[arguments.function or "forward"].source)
     found: Any
     if arguments.diff:
         found = program.diff(*arguments.diff)

@@ -22,6 +22,8 @@ class CompiledModel:
 
     def __init__(self, program: Program, plan: Plan, generator: Generator) -> None:
         self.program, self.plan, self.generator = program, plan, generator
+        self.released_bytes = 0
+        """Bytes of the model's own parameters that were given up for packed ones."""
 
     def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
         """As transformers' generate(): input_ids int64 [batch, length] and attention_mask, a GenerationConfig, its
@@ -43,8 +45,17 @@ class CompiledModel:
         return self.generator.stats
 
     def report(self) -> str:
-        """Every pass with its contract, matches, cost and check, and the figures of the last generate()."""
-        return render_report(self.program.records, self.stats, function=self.program["forward"])
+        """Every pass with its contract, matches, cost and check, the kernels, memory, and the figures of the last
+        generate()."""
+        executable, store = self.decoder.executable, self.decoder.store
+        memory = {**executable.memory, "KV cache": store.nbytes, "parameters released": self.released_bytes}
+        return render_report(
+            self.program.records,
+            self.stats,
+            function=self.program["forward"],
+            invariant=executable.invariant,
+            memory=memory,
+        )
 
     def __repr__(self) -> str:
         drafters = ", ".join(spec_name(type(drafter).__name__) for drafter in self.plan.draft)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from graft.compiler.cost import Workload, function_cost
 from graft.compiler.notation import bytes_text, count_text
-from graft.compiler.program import Function, PassRecord
+from graft.compiler.program import Function, KernelRecord, PassRecord
 
 WIDTH = 120
 ROWS = (1, 8, 16, 64)
@@ -26,6 +26,8 @@ def render_report(
     stats: Mapping[str, Any] | None = None,
     *,
     function: Function | None = None,
+    invariant: bool | None = None,
+    memory: Mapping[str, int] | None = None,
     width: int = WIDTH,
 ) -> str:
     """The report as plain text of at most `width` columns.
@@ -37,6 +39,10 @@ def render_report(
     tables = [passes_table(records)] if records else []
     if function is not None:
         tables.append(cost_table(function))
+        if function.kernels:
+            tables.append(kernels_table(function.kernels))
+    if invariant is not None:
+        tables.append(execution_table(invariant, memory or {}))
     if stats:
         tables.append(stats_table(stats))
         if stats.get("drafters"):
@@ -106,6 +112,37 @@ def cost_table(function: Function) -> Table:
             bytes_text(work.activations),
             f"{work.flops / necessary:.1f}" if necessary else "",
         )
+    return table
+
+
+def kernels_table(kernels: Sequence[KernelRecord]) -> Table:
+    """The kernels by their code, with what all calls of one come to in a step of one row; ATen's with the reason."""
+    numbers = ("calls", "FLOPs", "bytes")
+    table = new_table("Kernels, at one row", ("kernel", *numbers, "nodes of the first"), numbers)
+    groups: dict[tuple[str, str], list[KernelRecord]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel.name, kernel.reason), []).append(kernel)
+    work = Workload(rows=1, wanted=1, context=CONTEXT, length=1)
+    for (name, reason), group in groups.items():
+        costs = [kernel.cost.at(work) for kernel in group]
+        nodes = ", ".join(group[0].nodes)
+        table.add_row(
+            name,
+            str(len(group)),
+            count_text(sum(cost.flops for cost in costs)),
+            bytes_text(sum(cost.bytes for cost in costs)),
+            f"{nodes}\nthrough ATen, row by row: {reason}" if reason else nodes,
+        )
+    return table
+
+
+def execution_table(invariant: bool, memory: Mapping[str, int]) -> Table:
+    """Whether results depend on company, and what is held in memory."""
+    table = new_table("Execution", ("", "value"))
+    promise = "the same bits whatever other rows there are" if invariant else "may differ in the last bits with other rows"
+    table.add_row("a row's result", promise)
+    for name, size in memory.items():
+        table.add_row(name, bytes_text(size))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,18 @@ class RealModel:
 
 def pytest_report_header() -> str:
     return f"prompts: {PROMPTS}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let tests share what they compile, and leave the user's cache alone; an explicit GRAFT_CACHE is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("GRAFT_CACHE"):
+            base = tmp_path_factory.getbasetemp()
+            # The workers of one run have folders of their own side by side.
+            shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+            patch.setenv("GRAFT_CACHE", str(shared / "compiled"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,23 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.isa import Isa, choose
 from graft.codegen.cpp.library import Call, load, print_code
 from graft.codegen.cpp.memory import pack, place_arrays, row_bytes
 from graft.codegen.kernel_ir import Array, AtenKernel, Kernels, MatmulKernel
+from graft.codegen.records import record
 from graft.codegen.regions import cut
-from graft.compiler.program import FLAT, Function
+from graft.codegen.release import release
+from graft.compiler.program import FLAT, Function, KernelRecord
 from graft.compiler.shapes import attribute
 
 INPUTS = tuple(spec.name for spec in FLAT)
@@ -35,31 +39,43 @@ class CppExecutable:
     def __init__(self, function: Function, isa: Isa | None = None, threads: int | None = None) -> None:
         """Raises LoweringError (build.NoCompiler where there is no compiler) if the library cannot be built."""
         self.function, self.isa = function, isa or choose(None)
-        self.kernels: Kernels = cut(function)
-        products = [kernel for kernel in self.kernels.kernels if isinstance(kernel, MatmulKernel)]
+        self.cut: Kernels = cut(function)
+        products = [kernel for kernel in self.cut.kernels if isinstance(kernel, MatmulKernel)]
         self.packed = frozenset(name for kernel in products for name in kernel.weights)
-        self.code = print_code(self.kernels.kernels, self.packed)
+        self.code = print_code(self.cut.kernels, self.packed)
         self.library, self.path = load(self.code.source, self.isa)
         self.threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
         self.lock = threading.Lock()
         self.team = self.open_team()
+        self.panels: dict[int, Tensor] = {}
+        """Packed parameters, by where the original lies: tied ones are packed once."""
         self.keep: list[Tensor] = []
         """What the addresses point to."""
         self.addresses = np.zeros(len(self.code.places) + 1, np.int64)
         self.schedule, self.arguments = np.array(self.code.schedule, np.int32), np.array(self.code.arguments, np.int32)
         self.place_weights()
-        self.external = frozenset((*INPUTS, *(array.name for array in self.kernels.outputs)))
-        self.offsets, self.bytes_per_row = place_arrays(self.kernels.kernels, self.external)
-        self.arrays = {array.name: array for kernel in self.kernels.kernels for array in kernel.arrays}
+        self.external = frozenset((*INPUTS, *(array.name for array in self.cut.outputs)))
+        self.offsets, self.bytes_per_row = place_arrays(self.cut.kernels, self.external)
+        self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.arrays}
         self.seconds: np.ndarray | None = None
         """Where to add up what each compiled kernel takes, in their order; None, as a rule, measures nothing."""
         self.capacity = 0
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.segments = [
             (is_aten, list(group))
-            for is_aten, group in groupby(self.kernels.kernels, lambda kernel: isinstance(kernel, AtenKernel))
+            for is_aten, group in groupby(self.cut.kernels, lambda kernel: isinstance(kernel, AtenKernel))
         ]
         self.grow(FIRST_ROWS)
+
+    @cached_property
+    def kernels(self) -> tuple[KernelRecord, ...]:
+        """What it runs, in order."""
+        return record(self.cut, self.code.names)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of packed weights, and of the arena for what kernels hand to each other."""
+        return {"packed weights": sum(tensor.nbytes for tensor in self.panels.values()), "arena": self.arena.nbytes}
 
     @property
     def source(self) -> str:
@@ -74,22 +90,34 @@ class CppExecutable:
 
     def place_weights(self) -> None:
         """Pack every parameter that is multiplied with, once, and note where everything constant lies."""
-        done: dict[tuple[str, int], Tensor] = {}
         for name, number in self.code.places.items():
             kind, _, path = name.partition(" ")
             if kind in ("weight", "bias", "table"):
                 parameter: Tensor = attribute(self.function.weights, path).detach()
-                key = (kind, parameter.data_ptr())
-                if key not in done:
-                    done[key] = pack(parameter) if kind == "weight" else parameter.contiguous()
-                self.point(number, done[key])
+                if kind != "weight":
+                    self.point(number, parameter.contiguous())
+                    continue
+                if parameter.data_ptr() not in self.panels:
+                    self.panels[parameter.data_ptr()] = pack(parameter)
+                self.point(number, self.panels[parameter.data_ptr()])
             elif kind == "wide":
-                constant = self.kernels.constants[path]
+                constant = self.cut.constants[path]
                 wide = torch.float64 if constant.dtype == torch.float64 else torch.float32
                 self.point(number, constant.to(wide).contiguous())
-            elif name in self.kernels.constants:
-                constant = self.kernels.constants[name]
+            elif name in self.cut.constants:
+                constant = self.cut.constants[name]
                 self.point(number, constant.float() if constant.dtype == torch.bool else constant)
+
+    def packed_only(self) -> set[int]:
+        """Where the parameters lie that are read as panels and in no other way."""
+        aten = [node for kernel in self.cut.kernels if isinstance(kernel, AtenKernel) for node in kernel.nodes]
+        read = [node.target for node in aten for node in node.all_input_nodes if node.op == "get_attr"]
+        others = {attribute(self.function.weights, name).data_ptr() for name in read}
+        return self.panels.keys() - others - {tensor.data_ptr() for tensor in self.keep}
+
+    def release(self, modules: Sequence[nn.Module]) -> int:
+        """Give up the modules' parameters that are held as panels; returns the bytes given back."""
+        return release([*modules, self.function.weights], self.packed_only())
 
     def point(self, number: int, tensor: Tensor) -> None:
         """Let an address be that of a tensor that stays."""
@@ -118,10 +146,10 @@ class CppExecutable:
         states = inputs[len(INPUTS) :]
         outputs = [
             torch.empty(results if array.rows == "R" else rows, array.width, dtype=array.dtype)
-            for array in self.kernels.outputs
+            for array in self.cut.outputs
         ]
         given = dict(zip(INPUTS, inputs, strict=False)) | {
-            array.name: tensor for array, tensor in zip(self.kernels.outputs, outputs, strict=True)
+            array.name: tensor for array, tensor in zip(self.cut.outputs, outputs, strict=True)
         }
         for name, tensor in (*given.items(), *((f"state {i}", state) for i, state in enumerate(states))):
             if name in self.code.places:
@@ -159,8 +187,8 @@ class CppExecutable:
         """An array as a tensor [rows, width]."""
         if name in given:
             return given[name].view(given[name].shape[0], -1)
-        if name in self.kernels.constants:
-            return self.kernels.constants[name].reshape(1, -1)
+        if name in self.cut.constants:
+            return self.cut.constants[name].reshape(1, -1)
         array: Array = self.arrays[name]
         start = -self.arena.data_ptr() % 64 + self.offsets[name] * self.capacity
         size = array.width * array.dtype.itemsize * self.capacity

@@ -57,6 +57,8 @@ class Code:
     schedule: list[int] = field(default_factory=list)
     """For every kernel that is not ATen's: the number of its function, where its arguments start."""
     arguments: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """For every kernel the name of its code; "aten" for those of ATen."""
     places: dict[str, int] = field(default_factory=dict)
     """What is named in arguments -> its number among the addresses."""
 
@@ -71,6 +73,7 @@ def print_code(kernels: tuple[Kernel, ...], packed: frozenset[str]) -> Code:
     names: list[str] = []
     for kernel in kernels:
         if isinstance(kernel, AtenKernel):
+            code.names.append("aten")
             continue
         printed = print_kernel(kernel, packed)
         if printed.body not in functions:
@@ -78,6 +81,7 @@ def print_code(kernels: tuple[Kernel, ...], packed: frozenset[str]) -> Code:
             names.append(f"{printed.kind}_{len(names)}")
             comment = ", ".join(node.name for node in kernel.nodes)
             texts.append(function(names[-1], printed.body, comment))
+        code.names.append(names[functions[printed.body]])
         code.schedule += [functions[printed.body], len(code.arguments)]
         code.arguments += [one if isinstance(one, int) else code.place(one) for one in printed.arguments]
     code.source = HEAD + "\n".join(texts) + TAIL.format(names=", ".join(names) or "nullptr")

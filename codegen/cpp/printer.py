@@ -122,8 +122,9 @@ def print_loop(loop: Loop) -> Iterator[str]:
         indent += "    "
     reductions = [(at, one) for at, one in enumerate(loop.body) if isinstance(one, Reduce)]
     types = value_types(loop)
-    for at, one in reductions:
-        yield f"{indent}vec<{types[one.operand]}> r{at} = splat<{types[one.operand]}>({NEUTRAL[one.op]});"
+    for at, reduction in reductions:
+        kind = types[reduction.operand]
+        yield f"{indent}vec<{kind}> r{at} = splat<{kind}>({NEUTRAL[reduction.op]});"
     for dim in range(outer, depth):
         yield f"{indent}for (int64_t i{dim} = 0; i{dim} < {loop.sizes[dim]}; ++i{dim})"
         indent += "    "
@@ -132,13 +133,13 @@ def print_loop(loop: Loop) -> Iterator[str]:
         yield f"{indent}    {statement(at, one, types, depth)}"
     yield f"{indent}}});"
     indent = indent[: len(indent) - 4 * (depth - outer)]
-    for at, one in reductions:
-        kind = types[one.operand]
-        total = f"fold<{kind}>(r{at}, [](auto a, auto b) {{ return {COMBINE[one.op]}(a, b); }})"
-        total += f" / {literal(one.divisor, kind)}" if one.divisor != 1 else ""
-        if TYPES[one.dtype] not in (kind, "int64_t"):
-            total = f"rounded<{TYPES[one.dtype]}>({total})"
-        yield f"{indent}store_one({pointer(one.access, depth, inner=False)}, {total});"
+    for at, reduction in reductions:
+        kind = types[reduction.operand]
+        total = f"fold<{kind}>(r{at}, [](auto a, auto b) {{ return {COMBINE[reduction.op]}(a, b); }})"
+        total += f" / {literal(reduction.divisor, kind)}" if reduction.divisor != 1 else ""
+        if TYPES[reduction.dtype] not in (kind, "int64_t"):
+            total = f"rounded<{TYPES[reduction.dtype]}>({total})"
+        yield f"{indent}store_one({pointer(reduction.access, depth, inner=False)}, {total});"
     for _ in range(outer):
         indent = indent[:-4]
         yield f"{indent}}}"
@@ -154,8 +155,8 @@ def statement(at: int, one: object, types: dict[int, str], depth: int) -> str:
     match one:
         case Load(access):
             return f"const auto v{at} = {load(access, depth)};"
-        case Const(value):
-            return f"const auto v{at} = splat<{types[at]}>({literal(value, types[at])});"
+        case Const(number):
+            return f"const auto v{at} = splat<{types[at]}>({literal(number, types[at])});"
         case Compute(op, operands):
             return f"const auto v{at} = op::{op}({', '.join(f'v{x}' for x in operands)});"
         case Convert(operand, dtype):

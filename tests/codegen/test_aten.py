@@ -19,9 +19,8 @@ from graft.compiler.program import DENSE, Function, Program
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.kv_cache import KVCache
 from graft.passes.merge_linears import MergeLinears
+from tests.codegen.functions import SLOTS, Call, calls, random_states
 from tests.families import build
-
-SLOTS, CAPACITY, VOCABULARY = 4, 24, 64
 
 # One for each way attention can differ: grouped heads, a window, softcap, sinks, key dim unlike value dim.
 FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"]
@@ -48,38 +47,11 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair(function, function.module(), AtenExecutable(function))
 
 
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[int]]:
-    """Rows of one to three slots, each with committed tokens and a random tree behind them, and the slots' lengths."""
-    slots = draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=3, unique=True))
-    lengths = draw(st.lists(st.integers(0, 12), min_size=SLOTS, max_size=SLOTS))
-    tokens, positions, sequences, parents = [], [], [], []
-    for slot in slots:
-        first = len(tokens)
-        for row in range(draw(st.integers(1, 6))):
-            parent = draw(st.integers(-1, row - 1)) if row else -1
-            parents.append(first + parent if parent >= 0 else -1)
-            positions.append(positions[first + parent] + 1 if parent >= 0 else lengths[slot])
-            tokens.append(draw(st.integers(3, VOCABULARY - 1)))
-            sequences.append(slot)
-    wanted = draw(st.lists(st.integers(0, len(tokens) - 1), min_size=1, max_size=len(tokens)))
-    columns = (tokens, positions, sequences, parents, lengths, wanted)
-    return [torch.tensor(column) for column in columns], sequences
-
-
 @settings(max_examples=15, deadline=None)
 @given(call=calls(), seed=st.integers(0, 99))
-def test_it_computes_what_the_operators_mean(
-    pair: Pair, call: tuple[list[torch.Tensor], list[int]], seed: int
-) -> None:
+def test_it_computes_what_the_operators_mean(pair: Pair, call: Call, seed: int) -> None:
     inputs, sequences = call
-    generator = torch.Generator().manual_seed(seed)
-    states = [
-        torch.randn(
-            s.layers, SLOTS, s.heads, CAPACITY, s.key_dim + s.value_dim, generator=generator, dtype=torch.float64
-        )
-        for s in pair.function.states
-    ]
+    states = random_states(pair.function, seed)
     with torch.no_grad():
         logits, hidden, *expected_states = pair.reference(*inputs, *states)
         before = copy.deepcopy(states)

@@ -10,7 +10,7 @@ template <class V> INLINE V sub(V a, V b) { return a - b; }
 template <class V> INLINE V mul(V a, V b) { return a * b; }
 template <class V> INLINE V div(V a, V b) { return a / b; }
 template <class V> INLINE V neg(V a) { return -a; }
-template <class V> INLINE V abs(V a) { return a < 0 ? -a : a; }
+template <class V> INLINE V abs(V a) { return a <= 0 ? V{} - a : a; }
 template <class V> INLINE V min(V a, V b) { return graft::min(a, b); }
 template <class V> INLINE V max(V a, V b) { return graft::max(a, b); }
 template <class V> INLINE V lt(V a, V b) { return a < b ? V{} + 1 : V{}; }

@@ -1,7 +1,7 @@
 """llama.cpp on the weights that transformers loaded: `python -m benchmarks.llama` compares the two's token ids.
 
-The weights are written to a GGUF file in the model's own dtype (matrices; norms in float32, as llama.cpp has them), with
-tokenizer and metadata of the file they came from. They then run through llama-cpp-python's low-level functions.
+The weights are written to a GGUF file, matrices in the model's own dtype and norms in float32, as llama.cpp has them,
+with tokenizer and metadata of the file they came from. They then run through llama-cpp-python's low-level functions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def main() -> None:
     model, tokenizer = load(torch.float32)
     ids = tokenizer(load_prompts(OWN_PROMPTS, 1)[0].text)["input_ids"]
     text = torch.tensor([ids])
-    options = {"do_sample": False, "max_new_tokens": 48, "min_new_tokens": 48}
+    model.generation_config.eos_token_id = None
+    options = {"do_sample": False, "max_new_tokens": 48}
     expected = model.generate(text, attention_mask=torch.ones_like(text), **options)[0, len(ids) :].tolist()
     for flash in (False, True):
         llama = Llama(model, torch.get_num_threads(), len(ids) + len(expected), flash)
@@ -151,14 +152,16 @@ class Llama:
         return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
 
 
-def faster(model: PreTrainedModel, threads: int, context: int) -> tuple[Llama, bool]:
-    """llama.cpp with or without flash attention, whichever decodes faster here after half of the context."""
+def faster(model: PreTrainedModel, threads: int, context: int, by_prefill: bool = False) -> tuple[Llama, bool]:
+    """llama.cpp with or without flash attention, whichever is faster here with a prompt of half of the context: at
+    decoding after it, or at running it."""
     found: dict[bool, Llama] = {flash: Llama(model, threads, context, flash) for flash in (False, True)}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     ids = [100 + 7 * i % 4000 for i in range(context // 2)]
     for _ in range(3):
         for flash, llama in found.items():
-            seconds[flash].append(llama.generate(ids, 24)[2])
+            _, prefill, decode = llama.generate(ids, 2 if by_prefill else 24)
+            seconds[flash].append(prefill if by_prefill else decode)
     flash = median(seconds[True]) < median(seconds[False])
     found.pop(not flash).close()
     return found[flash], flash

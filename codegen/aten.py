@@ -138,6 +138,7 @@ class AtenExecutable:
     """A library matmul may sum in another order for another number of rows."""
 
     kernels: tuple[KernelRecord, ...] = ()
+    prediction = None
     memory: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, function: Function) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from graft.codegen.prediction import Prediction
 from graft.compiler.program import KernelRecord
 
 
@@ -24,6 +25,10 @@ class Executable(Protocol):
     @property
     def kernels(self) -> tuple[KernelRecord, ...]:
         """What it runs, in order; empty where ATen runs all of it."""
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """How long steps take on this machine; None where that cannot be predicted."""
 
     @property
     def memory(self) -> Mapping[str, int]:

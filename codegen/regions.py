@@ -186,7 +186,7 @@ def fits(state: Cut, node: fx.Node, form: Form) -> bool:
     if form.dtype == torch.int64 and any(state.forms[source].dtype != torch.int64 for source in sources):
         return False
     if node.target in TREES or node.target is aten.clone.default:
-        return all(isinstance(x, (fx.Node, int, float)) for x in node.args)
+        return all(x is None or isinstance(x, (fx.Node, int, float)) for x in node.args)
     dims = state.forms[sources[0]].dims if sources else ()
     if node.target in CATS:
         axis = node.args[1] if len(node.args) > 1 else 0

@@ -27,7 +27,7 @@ from graft.codegen.kernel_ir import (
     Store,
 )
 from graft.codegen.row_form import ROW, View, broadcast, contiguous
-from graft.codegen.scalar_ops import REDUCERS, TREES, Tree
+from graft.codegen.scalar_ops import REDUCERS, TREES, WIDE_NUMBERS, Tree
 from graft.compiler.canonical import aten
 
 EXACT_WHOLE = frozenset({torch.int64, torch.int32, torch.bool})
@@ -122,11 +122,13 @@ class RowBuilder:
             inside = torch.float64 if wide else torch.float32
         inside = computing(inside)
         selected = node.target is aten.index_select.default
+        first = next((self.dtype(x) for x in operands if isinstance(x, View)), inside)
+        kept = inside if node.target in WIDE_NUMBERS else first if value.dtype == torch.bool else value.dtype
         leaves = [
-            self.operand(loop, x, inside, selected) if isinstance(x, View) else literal(x)
+            self.operand(loop, x, inside, selected) if isinstance(x, View) else literal(x, kept)
             for x in operands[: 1 if selected else None]
         ]
-        options = {name: literal(x) if isinstance(x, (int, float)) else x for name, x in kwargs.items()}
+        options = {name: literal(x, kept) for name, x in kwargs.items()}
         register = self.emit(loop, rule(*leaves, **options), inside)
         self.define(node, loop, self.rounded(loop, register, value.dtype, inside))
 
@@ -340,9 +342,11 @@ class RowBuilder:
         return self.loops[-1]
 
 
-def literal(value: object) -> object:
-    """A number as a tree's leaf."""
-    return float(value) if isinstance(value, (int, float)) else value
+def literal(value: object, dtype: torch.dtype) -> object:
+    """A number as a tree's leaf: what a dtype of narrow range makes of it."""
+    if not isinstance(value, (int, float)):
+        return value
+    return torch.tensor(value, dtype=dtype).item() if dtype in (torch.bfloat16, torch.float16) else float(value)
 
 
 def squeezed(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -150,6 +150,9 @@ TREES: dict[Any, Callable[..., Tree]] = {
 }
 """Element-wise operator -> its tree, from its operands in order (trees or literals) and its keywords."""
 
+WIDE_NUMBERS = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.softplus.default})
+"""Operators whose literals ATen takes as they are; with all others it rounds them to the dtype of the tensors."""
+
 REDUCERS: dict[Any, str] = {
     aten.mean.dim: "sum",
     aten.sum.dim_IntList: "sum",

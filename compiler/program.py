@@ -83,8 +83,19 @@ class KernelRecord:
     """Why ATen runs it, where no kernel of ours does."""
 
 
+class StepSeconds(Protocol):
+    """Predicted times of a function's calls."""
+
+    def seconds(self, rows: int, context: int) -> float:
+        """Seconds of a call over `rows` rows of one sequence with `context` tokens behind them."""
+
+
 class Lowered(Protocol):
     """What a function shows of the code that runs it (codegen.executable.Executable has more)."""
+
+    @property
+    def prediction(self) -> StepSeconds | None:
+        """How long calls take on this machine; None where that cannot be predicted."""
 
     @property
     def kernels(self) -> tuple[KernelRecord, ...]:

@@ -98,7 +98,9 @@ def change(before: str, after: str) -> str:
 def cost_table(function: Function) -> Table:
     """Predicted cost of one call of the function, by rows."""
     cost = function_cost(function)
-    numbers = ("rows", "FLOPs", "weights", "KV", "unfused activations", "FLOPs per byte")
+    prediction = function.lowered.prediction if function.lowered else None
+    timed = ("predicted ms",) if prediction else ()
+    numbers = ("rows", "FLOPs", "weights", "KV", "unfused activations", "FLOPs per byte", *timed)
     title = f"One call of {function.name}, predicted at {CONTEXT} tokens of context"
     table = new_table(title, numbers, numbers)
     for rows in ROWS:
@@ -111,6 +113,7 @@ def cost_table(function: Function) -> Table:
             bytes_text(work.kv),
             bytes_text(work.activations),
             f"{work.flops / necessary:.1f}" if necessary else "",
+            *([f"{prediction.seconds(rows, CONTEXT) * 1000:.1f}"] if prediction else []),
         )
     return table
 

@@ -1,4 +1,5 @@
-"""How long one target step takes over T rows on this machine: measured when first asked, refined by real steps."""
+"""How long one target step takes over T rows on this machine: predicted from the costs of its kernels, or measured where
+they do not say, when first asked; refined by real steps."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from graft.runtime.top_tokens import argmax_rows
 
 ANCHORS = (1, 2, 4, 8, 16, 32, 64)
 """Row counts that are measured; others are interpolated, and more than the last extrapolated from the last two."""
+CONTEXT = 256
+"""Tokens of context at which steps are predicted; what real steps show corrects for theirs."""
 RUNS = 5
 """Runs of one measurement, after one that is not counted."""
 MEMORY = 32
@@ -57,7 +60,8 @@ class StepTimes:
         """Seconds at an anchor, measured on first need and corrected by what real steps showed."""
         if rows not in self.measured:
             start = time.perf_counter()
-            self.measured[rows] = measure(self.decoder, rows)
+            prediction = self.decoder.executable.prediction if self.decoder is not None else None
+            self.measured[rows] = prediction.seconds(rows, CONTEXT) if prediction else measure(self.decoder, rows)
             self.spent += time.perf_counter() - start
         count, ratio = self.ratios.get(rows, (0, 1.0))
         return self.measured[rows] * (ratio if count >= 4 else self.common[1])

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.codegen.aten_rows import Loose, run_rows
-from graft.codegen.cpp.isa import Isa, choose
+from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
 from graft.codegen.cpp.memory import pack, place_arrays, row_bytes
 from graft.codegen.kernel_ir import Array, AtenKernel, Kernels, MatmulKernel
+from graft.codegen.prediction import Prediction, cached_rates, calibrate
 from graft.codegen.records import record
 from graft.codegen.regions import cut
 from graft.codegen.release import release
@@ -26,6 +27,8 @@ from graft.compiler.program import FLAT, Function, KernelRecord
 from graft.compiler.shapes import attribute
 
 INPUTS = tuple(spec.name for spec in FLAT)
+PROFILED_STEPS = 6
+"""Steps that are run for one measurement, the first of which does not count."""
 FIRST_ROWS = 32
 """Rows that the arena has room for at first."""
 
@@ -71,6 +74,35 @@ class CppExecutable:
     def kernels(self) -> tuple[KernelRecord, ...]:
         """What it runs, in order."""
         return record(self.cut, self.code.names)
+
+    @cached_property
+    def prediction(self) -> Prediction | None:
+        """How long steps take here; measured once per machine and kept beside the library. None where ATen takes part,
+        whose time is not predicted."""
+        if any(isinstance(kernel, AtenKernel) for kernel in self.cut.kernels):
+            return None
+        key = f"{processor_name()}, {self.threads} threads"
+        rates = cached_rates(self.path.with_name("rates.json"), key, lambda: calibrate(self.kernels, self.profile))
+        return Prediction(self.kernels, rates)
+
+    def profile(self, rows: int, context: int) -> np.ndarray:
+        """Seconds of every kernel in a step of one sequence, the median of some steps over zeros."""
+        states = [
+            torch.zeros(s.layers, 1, s.heads, context + rows, s.key_dim + s.value_dim, dtype=s.dtype)
+            for s in self.function.states
+        ]
+        count = torch.arange(rows)
+        inputs = (count * 0 + 1, context + count, count * 0, count - 1, torch.tensor([context]), count)
+        measured = []
+        with self.lock, torch.inference_mode():
+            try:
+                for _ in range(PROFILED_STEPS):
+                    self.seconds = np.zeros(len(self.schedule) // 2)
+                    self.run((*inputs, *states))
+                    measured.append(self.seconds)
+            finally:
+                self.seconds = None
+        return np.median(measured[1:], axis=0)
 
     @property
     def memory(self) -> dict[str, int]:

@@ -83,3 +83,13 @@ def choose(name: str | None) -> Isa:
         where=where,
         remedy="name one of these, or none to have the best of them chosen",
     )
+
+
+def processor_name() -> str:
+    """The processor's name as Linux gives it; "unknown processor" elsewhere."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")

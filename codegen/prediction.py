@@ -1,0 +1,127 @@
+"""How long a function takes on this machine: the formulas of its kernels' costs, and rates that were measured.
+
+A product takes as long as the slower of reading its weights and multiplying; attention reads keys and values, then
+multiplies; everything row-wise moves its operands. Each kernel has a start besides, on which the threads agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import sympy
+
+from graft.compiler.cost import CONTEXT, SEQUENCES, ZERO
+from graft.compiler.notation import size_symbol
+from graft.compiler.program import KernelRecord
+
+Profile = Callable[[int, int], np.ndarray]
+"""(rows, context) -> seconds of every kernel in one step, a median over some."""
+FEW, MANY = (1, 64), (32, 64)
+FAR_FEW, FAR_MANY = (1, 1024), (16, 1024)
+"""(rows, tokens of context) of the steps that are measured."""
+SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second, as kernels of ours see it."""
+
+    weights: float
+    """Bytes of packed weights read."""
+    products: float
+    """Floating-point operations in products with weights."""
+    cache: float
+    """Bytes of keys and values read."""
+    attention: float
+    """Floating-point operations in attention."""
+    activations: float
+    """Bytes that row kernels move."""
+    start: float
+    """Seconds from one kernel to the next."""
+
+
+class Prediction:
+    """Seconds of a step by rows and context."""
+
+    def __init__(self, kernels: Sequence[KernelRecord], rates: Rates) -> None:
+        self.rates = rates
+        self.formula = sympy.Add(*(kernel_seconds(kernel, rates) for kernel in kernels))
+        symbols = (size_symbol("N"), size_symbol("R"), CONTEXT, SEQUENCES)
+        self.evaluate = sympy.lambdify(symbols, self.formula, modules=[{"Max": max, "Min": min}])
+
+    def seconds(self, rows: int, context: int) -> float:
+        """Seconds of a step over `rows` rows of one sequence, all logits wanted, `context` tokens behind them."""
+        return float(self.evaluate(rows, rows, context, 1))
+
+
+def kernel_seconds(kernel: KernelRecord, rates: Rates) -> sympy.Expr:
+    """Seconds of one kernel, in the sizes of a call."""
+    cost = kernel.cost
+    match kind_of(kernel):
+        case "matmul":
+            return rates.start + sympy.Max(cost.weights / rates.weights, cost.products / rates.products)
+        case "attend":
+            return rates.start + cost.kv / rates.cache + cost.products / rates.attention
+    return rates.start + cost.activations / rates.activations
+
+
+def kind_of(kernel: KernelRecord) -> str:
+    """The kind of a kernel, from the name of its code."""
+    return kernel.name.rpartition("_")[0]
+
+
+def calibrate(kernels: Sequence[KernelRecord], profile: Profile) -> Rates:
+    """Rates from a few measured steps."""
+    few, many, far_few, far_many = (profile(*point) for point in (FEW, MANY, FAR_FEW, FAR_MANY))
+    kinds = np.array([kind_of(kernel) for kernel in kernels])
+
+    def total(seconds: np.ndarray, kind: str) -> float:
+        return float(seconds[kinds == kind].sum()) if kind != "others" else float(
+            seconds[(kinds != "matmul") & (kinds != "attend")].sum()
+        )
+
+    def amount(part: str, kind: str, rows: int, context: int) -> float:
+        chosen = [k for k in kernels if kind_of(k) == kind or (kind == "others" and kind_of(k) not in ("matmul", "attend"))]
+        formula = sympy.Add(ZERO, *(getattr(kernel.cost, part) for kernel in chosen))
+        sizes = {size_symbol("N"): rows, size_symbol("R"): rows, CONTEXT: context, SEQUENCES: 1}
+        return float(formula.subs(sizes))
+
+    start = float(few[(kinds != "matmul") & (kinds != "attend")].min(initial=1e-6))
+    moved = amount("activations", "others", *MANY) - amount("activations", "others", *FEW)
+    rows_seconds = total(many, "others") - total(few, "others")
+    # Attention: the same keys and values are read for one row and for many, so the difference is arithmetic.
+    more = total(far_many, "attend") - total(far_few, "attend")
+    work = amount("products", "attend", *FAR_MANY) - amount("products", "attend", *FAR_FEW)
+    attention = work / max(more, SMALLEST)
+    reading = total(far_few, "attend") - amount("products", "attend", *FAR_FEW) / attention
+    return Rates(
+        weights=amount("weights", "matmul", *FEW) / max(total(few, "matmul"), SMALLEST),
+        products=amount("products", "matmul", *MANY) / max(total(many, "matmul"), SMALLEST),
+        cache=amount("kv", "attend", *FAR_FEW) / max(reading, 0.05 * total(far_few, "attend"), SMALLEST),
+        attention=attention,
+        activations=moved / max(rows_seconds, SMALLEST),
+        start=start,
+    )
+
+
+def cached_rates(path: Path, key: str, measure: Callable[[], Rates]) -> Rates:
+    """The rates kept in a JSON file under `key`, measured where there are none; a file that cannot be used is ignored."""
+    known: dict[str, Mapping[str, float]] = {}
+    try:
+        known = json.loads(path.read_text())
+        return Rates(**{field.name: float(known[key][field.name]) for field in fields(Rates)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        rates = measure()
+    kept = {**(known if isinstance(known, dict) else {}), key: asdict(rates)}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(dict(list(kept.items())[-16:]), indent=1))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+    return rates

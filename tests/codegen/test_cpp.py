@@ -1,0 +1,204 @@
+"""Generated C++ against ATen, over all families, and what it does in odd places."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from graft.codegen.aten import AtenExecutable
+from graft.codegen.cpp.executable import CppExecutable
+from graft.codegen.cpp.isa import runnable
+from graft.codegen.cpp.library import print_code
+from graft.codegen.kernel_ir import AtenKernel, MatmulKernel
+from graft.codegen.regions import cut
+from graft.compiler.capture import capture
+from graft.compiler.errors import LoweringError
+from graft.compiler.program import DENSE, Function
+from graft.compiler.tolerance import difference, tolerance_of
+from tests.codegen.compiled import compiled, function_of
+from tests.codegen.functions import CAPACITY, SLOTS, Call, call_of, calls, random_states
+from tests.families import CAPTURED, build
+from tests.programs import program_of
+
+LENGTHS = (37, 0, 70, 5)
+"""Committed tokens: within a block of attention, none, and beyond the first block and every window."""
+
+TREES = (
+    (2, (-1, 0, 0, 1, 3, 2)),
+    (0, (-1, 0, 1, 2, 3, 4)),
+    (1, (-1, 0, 1, 1, -1, 4)),
+)
+"""Rows of three slots out of order: a tree, a chain, and a tree with two roots behind nothing."""
+
+NARROW = {
+    torch.bfloat16: ("llama", "gemma2", "gpt_oss", "deepseek_v3", "opt", "mixtral", "gpt_neox"),
+    torch.float16: ("llama", "gemma2", "gpt_oss"),
+    torch.float64: ("llama", "gemma2", "deepseek_v3", "opt", "mixtral"),
+}
+
+
+def assert_same_step(executable: CppExecutable, function: Function, call: Call, seed: int = 0) -> None:
+    """Logits, hidden states and what is written agree with ATen; what is not written stays."""
+    inputs, sequences = call
+    before = random_states(function, seed)
+    expected_states, found_states = ([one.clone() for one in before] for _ in range(2))
+    with torch.no_grad():
+        expected = AtenExecutable(function)(*inputs, *expected_states)
+        found = executable(*inputs, *found_states)
+    tolerance = tolerance_of(expected[1].dtype)
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        assert difference(one, other) <= tolerance
+    lengths, written = inputs[4].tolist(), torch.zeros(SLOTS, CAPACITY, dtype=torch.bool)
+    for slot in set(sequences):
+        written[slot, lengths[slot] : lengths[slot] + sequences.count(slot)] = True
+    for old, one, other in zip(before, expected_states, found_states, strict=True):
+        rows, others = ([state.transpose(2, 3)[:, mask] for state in (one, other)] for mask in (written, ~written))
+        assert difference(*rows) <= tolerance
+        assert torch.equal(others[1], old.transpose(2, 3)[:, ~written])
+
+
+@pytest.mark.parametrize("family", CAPTURED)
+def test_a_ragged_step_of_every_family_is_that_of_aten(family: str) -> None:
+    assert_same_step(compiled(family), function_of(family), call_of(TREES, LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [(family, dtype) for dtype, families in NARROW.items() for family in families], ids=str
+)
+def test_a_ragged_step_in_another_dtype_is_that_of_aten(family: str, dtype: torch.dtype) -> None:
+    assert_same_step(compiled(family, dtype), function_of(family, dtype), call_of(TREES, LENGTHS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
+def test_every_instruction_set_computes_the_same(isa: object, dtype: torch.dtype) -> None:
+    assert_same_step(compiled("gemma2", dtype, isa), function_of("gemma2", dtype), call_of(TREES, LENGTHS))
+
+
+@settings(max_examples=25, deadline=None)
+@given(call=calls(longest=80))
+def test_any_rows_are_those_of_aten(call: Call) -> None:
+    assert_same_step(compiled("gemma2"), function_of("gemma2"), call)
+
+
+def test_more_rows_than_ever_before_find_room() -> None:
+    executable = compiled("llama")
+    for count in (70, 3, 90):
+        call = call_of([(1, range(-1, count - 1))], LENGTHS)
+        assert_same_step(executable, function_of("llama"), call)
+
+
+def test_inputs_may_be_views() -> None:
+    executable, (inputs, _) = compiled("llama"), call_of(TREES, LENGTHS)
+    first, second = random_states(function_of("llama")), random_states(function_of("llama"))
+    apart = [torch.stack([one, torch.zeros_like(one)], dim=1)[:, 0] for one in inputs]
+    assert not any(one.is_contiguous() for one in apart)
+    expected, found = executable(*inputs, *first), executable(*apart, *second)
+    assert all(map(torch.equal, (*expected, *first), (*found, *second)))
+
+
+def test_a_row_may_want_no_logits_or_want_them_twice() -> None:
+    executable, (inputs, _) = compiled("llama"), call_of(TREES, LENGTHS)
+    logits, hidden = executable(*inputs, *random_states(function_of("llama")))
+    for wanted in ([], [5, 5, 0], [17]):
+        given_inputs = [*inputs[:5], torch.tensor(wanted, dtype=torch.int64)]
+        found, again = executable(*given_inputs, *random_states(function_of("llama")))
+        assert torch.equal(found, logits[wanted]) and torch.equal(again, hidden)
+
+
+def test_a_dense_function_is_refused() -> None:
+    captured = capture(build("llama"))
+    with pytest.raises(LoweringError, match="run the kv-cache pass first"):
+        CppExecutable(Function("forward", captured.graph, captured.weights, DENSE))
+
+
+def source_of(function: Function) -> str:
+    with torch.no_grad():
+        kernels = cut(function).kernels
+    packed = {name for kernel in kernels if isinstance(kernel, MatmulKernel) for name in kernel.weights}
+    return print_code(kernels, frozenset(packed)).source
+
+
+PERIODS = {
+    "llama": ({"num_hidden_layers": 3}, {"num_hidden_layers": 6}),
+    "opt": ({"num_hidden_layers": 3}, {"num_hidden_layers": 6}),
+    "mixtral": ({"num_hidden_layers": 3}, {"num_hidden_layers": 6}),
+    "gemma2": tuple(
+        {"num_hidden_layers": 2 * count, "layer_types": ("sliding_attention", "full_attention") * count}
+        for count in (2, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PERIODS)
+def test_identical_layers_share_their_code(family: str) -> None:
+    short, long = (source_of(program_of(family, **overrides)["forward"]) for overrides in PERIODS[family])
+    assert len(re.findall("^void ", short, re.MULTILINE)) == len(re.findall("^void ", long, re.MULTILINE))
+
+
+def test_the_source_is_the_same_every_time() -> None:
+    function = function_of("gpt_oss")
+    assert source_of(function) == source_of(function) == compiled("gpt_oss").source
+
+
+def test_what_runs_through_aten_says_why() -> None:
+    kernels = [one for one in compiled("mixtral").cut.kernels if isinstance(one, AtenKernel)]
+    assert kernels
+    assert all(one.reason.startswith("no rule for ") for one in kernels)
+    assert not [one for one in compiled("llama").cut.kernels if isinstance(one, AtenKernel)]
+
+
+def test_aten_within_a_step_needs_no_gradients() -> None:
+    inputs, _ = call_of(TREES, LENGTHS)
+    assert torch.is_grad_enabled()
+    logits, _ = compiled("mixtral")(*inputs, *random_states(function_of("mixtral")))
+    assert not logits.requires_grad
+
+
+def with_nan(family: str, token: int) -> CppExecutable:
+    """An executable of weights that are its own, the embedding of one token being NaN."""
+    function = program_of(family, seed=1)["forward"]
+    table = max(function.weights.parameters(), key=lambda one: one.shape == (131, 64))
+    assert table.shape == (131, 64)
+    with torch.no_grad():
+        table[token] = math.nan
+        return CppExecutable(function, threads=2)
+
+
+def test_a_row_of_nan_stays_by_itself() -> None:
+    token, executable = 7, with_nan("llama", 7)
+    inputs, _ = call_of(TREES, LENGTHS)
+    inputs[0][inputs[0] == token] = token + 1
+    clean, _ = step(executable, inputs)
+    # A leaf in the first tree, which its neighbours share tiles with, and the end of the chain.
+    bad = [5, 11]
+    inputs[0][bad] = token
+    found, states = step(executable, inputs)
+    good = [row for row in range(len(inputs[0])) if row not in bad]
+    assert all(torch.equal(one[good], other[good]) for one, other in zip(clean, found, strict=True))
+    assert all(one[bad].isnan().all() for one in found)
+    assert any(state.isnan().any() for state in states)
+
+
+def step(executable: CppExecutable, inputs: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    states = random_states(executable.function)
+    return executable(*inputs, *states), states
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gemma2", torch.float32), ("llama", torch.bfloat16)], ids=str)
+def test_what_lies_behind_the_committed_tokens_is_not_read(family: str, dtype: torch.dtype) -> None:
+    executable, (inputs, _) = compiled(family, dtype), call_of(TREES, LENGTHS)
+    states = random_states(function_of(family, dtype))
+    dirty = [one.clone() for one in states]
+    for state in dirty:
+        for slot, length in enumerate(LENGTHS):
+            state[:, slot, :, length:] = math.nan
+        state[:, 3] = math.nan
+    expected, found = executable(*inputs, *states), executable(*inputs, *dirty)
+    assert all(map(torch.equal, expected, found))

@@ -1,0 +1,85 @@
+"""Generated C++ called from several threads and processes, and when it is let go."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graft.codegen.cpp.executable import CppExecutable
+from tests.codegen.compiled import compiled, function_of
+from tests.codegen.functions import call_of, random_states
+
+Step = tuple[list[Tensor], tuple[Tensor, Tensor]]
+
+
+def steps(count: int) -> list[Step]:
+    """Calls with what they have to return."""
+    executable = compiled("llama")
+    found = []
+    for seed in range(count):
+        trees = [(seed % 4, range(-1, seed % 5)), ((seed + 1) % 4, (-1, 0, 0, 1))]
+        inputs, _ = call_of(trees, [seed, 9, 30, 0], seed)
+        found.append((inputs, executable(*inputs, *random_states(function_of("llama"), seed))))
+    return found
+
+
+def run(executable: CppExecutable, wanted: list[Step]) -> bool:
+    """Whether the executable returns what is wanted."""
+    right = True
+    for seed, (inputs, expected) in enumerate(wanted):
+        found = executable(*inputs, *random_states(function_of("llama"), seed))
+        right = right and all(map(torch.equal, found, expected))
+    return right
+
+
+def test_threads_may_share_an_executable() -> None:
+    executable, wanted, results = compiled("llama"), steps(30), []
+    workers = [threading.Thread(target=lambda: results.append(run(executable, wanted))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert results == [True, True, True]
+
+
+def succeeds_in_a_fork(executable: CppExecutable, wanted: list[Step]) -> bool:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # one that hangs is ended
+        right = False
+        try:
+            right = run(executable, wanted)
+        finally:
+            os._exit(0 if right else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    executable, wanted = compiled("llama"), steps(3)
+    assert succeeds_in_a_fork(executable, wanted)
+    assert run(executable, wanted)
+
+
+def test_a_child_forked_in_the_midst_of_a_step_may_still_run_steps() -> None:
+    executable, wanted = compiled("llama"), steps(3)
+    with executable.lock:  # as it is while another thread is in a step
+        assert succeeds_in_a_fork(executable, wanted)
+
+
+def test_its_threads_end_when_it_is_collected() -> None:
+    tasks = Path("/proc/self/task")
+    steps(1)
+    before = len(list(tasks.iterdir()))
+    with torch.no_grad():
+        executable = CppExecutable(function_of("llama"), threads=3)
+    assert len(list(tasks.iterdir())) == before + 2
+    assert run(executable, steps(2))
+    del executable
+    gc.collect()
+    assert len(list(tasks.iterdir())) == before

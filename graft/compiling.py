@@ -43,9 +43,9 @@ def compile(
 ) -> CompiledModel:
     """Compile a causal language model of transformers for decoding.
 
-    `model` is in eval mode, in any floating dtype, on any device, and is left as it was. Without a plan, plain decoding.
-    `backend` is "cpp" (fused C++, on the CPU), "aten", or "auto", the fastest that there is here. C++ reads weights from
-    packed copies; with `release` the model's own parameters are given up for them, and the model can no longer run.
+    `model` is in eval mode, in any floating dtype, on any device, and is left as it was. Without a plan, plain
+    decoding. `backend` is "cpp" (fused C++, on the CPU), "aten", or "auto", the fastest that there is here. C++ reads
+    packed copies of the weights; with `release` the model's own are given up, and the model can no longer run.
 
     Raises PlanError before anything runs if the plan's parts do not go together, CaptureError if the model cannot be
     captured, PassError or CheckError if a pass fails, LoweringError if the backend cannot run it.

@@ -142,8 +142,7 @@ def kernels_table(kernels: Sequence[KernelRecord]) -> Table:
 def execution_table(invariant: bool, memory: Mapping[str, int]) -> Table:
     """Whether results depend on company, and what is held in memory."""
     table = new_table("Execution", ("", "value"))
-    promise = "the same bits whatever other rows there are" if invariant else "may differ in the last bits with other rows"
-    table.add_row("a row's result", promise)
+    table.add_row("a row's result", "the same bits in any company" if invariant else "its last bits depend on company")
     for name, size in memory.items():
         table.add_row(name, bytes_text(size))
     return table

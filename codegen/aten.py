@@ -134,6 +134,7 @@ def grouped_attention(
 class AtenExecutable:
     """A function as a GraphModule over ATen, states written in place."""
 
+    backend = "aten"
     invariant = False
     """A library matmul may sum in another order for another number of rows."""
 
@@ -159,6 +160,10 @@ class AtenExecutable:
     def release(self, modules: Sequence[nn.Module]) -> int:
         """Nothing: ATen reads the parameters as they are."""
         return 0
+
+    def replaced(self) -> Mapping[str, Tensor]:
+        """None, for the same reason."""
+        return {}
 
     @property
     def source(self) -> str:

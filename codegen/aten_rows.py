@@ -16,6 +16,7 @@ Loose = dict[fx.Node, list[Any]]
 """Values that have no row form, row by row."""
 
 
+@torch.no_grad()
 def run_rows(
     kernel: AtenKernel, weights: nn.Module, count: int, array: Callable[[str], Tensor], loose: Loose
 ) -> None:

@@ -38,5 +38,12 @@ class Executable(Protocol):
         """Give up the modules' parameters that are held packed (codegen.release); returns the bytes given back."""
 
     @property
+    def backend(self) -> str:
+        """Which of codegen.lowering.BACKENDS this is."""
+
+    def replaced(self) -> Mapping[str, Tensor]:
+        """Parameters that it holds packed and needs in no other form, by name; what `lower` takes as `panels`."""
+
+    @property
     def source(self) -> str:
         """The code that runs, for reading."""

@@ -7,6 +7,7 @@ for the arrays they are given print the same code, which is how identical layers
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,3 +206,17 @@ class Kernels:
     """Logits and hidden states."""
     function: Function
     """The function that was cut: a copy, with the nodes that kernels name."""
+
+
+def parameters_behind(nodes: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> set[str]:
+    """Names of the parameters that computing the nodes reads, where the values of `given` are known."""
+    found: set[str] = set()
+    seen, left = set(given), list(nodes)
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += node.all_input_nodes
+            if node.op == "get_attr":
+                found.add(node.target)
+    return found

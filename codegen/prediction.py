@@ -24,7 +24,8 @@ Profile = Callable[[int, int], np.ndarray]
 FEW, MANY = (1, 64), (32, 64)
 FAR_FEW, FAR_MANY = (1, 1024), (16, 1024)
 """(rows, tokens of context) of the steps that are measured."""
-SMALLEST = 1e-12
+OTHERS = "others"
+"""All kernels that are neither products nor attention."""
 
 
 @dataclass(frozen=True)
@@ -77,40 +78,61 @@ def kind_of(kernel: KernelRecord) -> str:
 
 def calibrate(kernels: Sequence[KernelRecord], profile: Profile) -> Rates:
     """Rates from a few measured steps."""
-    few, many, far_few, far_many = (profile(*point) for point in (FEW, MANY, FAR_FEW, FAR_MANY))
-    kinds = np.array([kind_of(kernel) for kernel in kernels])
-
-    def total(seconds: np.ndarray, kind: str) -> float:
-        return float(seconds[kinds == kind].sum()) if kind != "others" else float(
-            seconds[(kinds != "matmul") & (kinds != "attend")].sum()
-        )
-
-    def amount(part: str, kind: str, rows: int, context: int) -> float:
-        chosen = [k for k in kernels if kind_of(k) == kind or (kind == "others" and kind_of(k) not in ("matmul", "attend"))]
-        formula = sympy.Add(ZERO, *(getattr(kernel.cost, part) for kernel in chosen))
-        sizes = {size_symbol("N"): rows, size_symbol("R"): rows, CONTEXT: context, SEQUENCES: 1}
-        return float(formula.subs(sizes))
-
-    start = float(few[(kinds != "matmul") & (kinds != "attend")].min(initial=1e-6))
-    moved = amount("activations", "others", *MANY) - amount("activations", "others", *FEW)
-    rows_seconds = total(many, "others") - total(few, "others")
-    # Attention: the same keys and values are read for one row and for many, so the difference is arithmetic.
-    more = total(far_many, "attend") - total(far_few, "attend")
-    work = amount("products", "attend", *FAR_MANY) - amount("products", "attend", *FAR_FEW)
-    attention = work / max(more, SMALLEST)
-    reading = total(far_few, "attend") - amount("products", "attend", *FAR_FEW) / attention
+    few, many, far_few, far_many = (Measured(kernels, *at, profile(*at)) for at in (FEW, MANY, FAR_FEW, FAR_MANY))
+    # The same keys and values are read for one row and for many, so the difference is arithmetic.
+    work = far_many.amount("products", "attend") - far_few.amount("products", "attend")
+    attention = work / positive(far_many.seconds("attend") - far_few.seconds("attend"))
+    reading = far_few.seconds("attend") - far_few.amount("products", "attend") / attention
+    moved = many.amount("activations", OTHERS) - few.amount("activations", OTHERS)
     return Rates(
-        weights=amount("weights", "matmul", *FEW) / max(total(few, "matmul"), SMALLEST),
-        products=amount("products", "matmul", *MANY) / max(total(many, "matmul"), SMALLEST),
-        cache=amount("kv", "attend", *FAR_FEW) / max(reading, 0.05 * total(far_few, "attend"), SMALLEST),
+        weights=few.amount("weights", "matmul") / positive(few.seconds("matmul")),
+        products=many.amount("products", "matmul") / positive(many.seconds("matmul")),
+        cache=far_few.amount("kv", "attend") / positive(max(reading, 0.05 * far_few.seconds("attend"))),
         attention=attention,
-        activations=moved / max(rows_seconds, SMALLEST),
-        start=start,
+        activations=moved / positive(many.seconds(OTHERS) - few.seconds(OTHERS)),
+        start=few.shortest(OTHERS),
     )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One measured step, by kinds of kernels."""
+
+    kernels: Sequence[KernelRecord]
+    rows: int
+    context: int
+    each: np.ndarray
+    """Seconds of every kernel."""
+
+    def chosen(self, kind: str) -> list[bool]:
+        """Which kernels are of a kind."""
+        kinds = map(kind_of, self.kernels)
+        return [one == kind or (kind == OTHERS and one not in ("matmul", "attend")) for one in kinds]
+
+    def seconds(self, kind: str) -> float:
+        """What kernels of a kind took together."""
+        return float(self.each[self.chosen(kind)].sum())
+
+    def shortest(self, kind: str) -> float:
+        """What the quickest of a kind took."""
+        return float(self.each[self.chosen(kind)].min(initial=1e-6))
+
+    def amount(self, part: str, kind: str) -> float:
+        """A part of the cost of kernels of a kind: FLOPs or bytes."""
+        pairs = zip(self.kernels, self.chosen(kind), strict=True)
+        formula = sympy.Add(ZERO, *(getattr(kernel.cost, part) for kernel, taken in pairs if taken))
+        sizes = {size_symbol("N"): self.rows, size_symbol("R"): self.rows, CONTEXT: self.context, SEQUENCES: 1}
+        return float(formula.subs(sizes))
+
+
+def positive(seconds: float) -> float:
+    """Seconds to divide by."""
+    return max(seconds, 1e-12)
+
+
 def cached_rates(path: Path, key: str, measure: Callable[[], Rates]) -> Rates:
-    """The rates kept in a JSON file under `key`, measured where there are none; a file that cannot be used is ignored."""
+    """The rates kept in a JSON file under `key`, measured where there are none; a file that cannot be read counts as
+    empty, and one that cannot be written is left."""
     known: dict[str, Mapping[str, float]] = {}
     try:
         known = json.loads(path.read_text())

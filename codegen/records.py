@@ -30,7 +30,8 @@ def kernel_cost(kernel: Kernel, model: CostModel) -> Cost:
     """The cost of a kernel: its nodes' operations, its operands' bytes; what stays inside moves nothing."""
     costs = [model.node(node) for node in kernel.nodes]
     shared = sum(array.width * array.dtype.itemsize for array in kernel.arrays if not array.rows)
-    weights = sum((cost.weights for cost in costs), ZERO) if isinstance(kernel, (MatmulKernel, GatherKernel)) else shared
+    reads_parameters = isinstance(kernel, (MatmulKernel, GatherKernel))
+    weights = sum((cost.weights for cost in costs), ZERO) if reads_parameters else shared
     return Cost(
         products=sum((cost.products for cost in costs), ZERO),
         elementwise=sum((cost.elementwise for cost in costs), ZERO),

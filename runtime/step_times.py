@@ -1,5 +1,5 @@
-"""How long one target step takes over T rows on this machine: predicted from the costs of its kernels, or measured where
-they do not say, when first asked; refined by real steps."""
+"""How long one target step takes over T rows on this machine: predicted from the costs of its kernels, or measured
+where they do not say, when first asked; refined by real steps."""
 
 from __future__ import annotations
 

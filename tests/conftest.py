@@ -37,6 +37,20 @@ class RealModel:
     tokenizer: PreTrainedTokenizerBase
 
 
+SPREAD = ("test_rope.py", "test_greedy_families.py")
+"""Files whose tests share nothing, so that any worker may take any of them; the others stay together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model's tests share a model and go first, so that the end of a run is made of short ones."""
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.xdist_group("real"))
+        elif item.path.name not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 def pytest_report_header() -> str:
     return f"prompts: {PROMPTS}"
 

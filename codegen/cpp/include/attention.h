@@ -10,7 +10,7 @@
 namespace graft {
 
 constexpr int TILE = LANES, KEYS = 64, TILES = KEYS / TILE;
-constexpr int QUERIES = 48;  // that are worked on together, where there are no more in one row
+constexpr int64_t QUERIES = 48;  // that are worked on together, where there are no more in one row
 
 // Where the heads of a row lie: first element, elements from head to head.
 struct Heads { int64_t width, offset, stride; };
@@ -159,7 +159,7 @@ template <class T, int VD> struct ValueTile {
 
 template <class T, class O, int KD, int VD> struct Attention {
     typedef computing<T> C;
-    static constexpr int together = std::max(1, REGISTERS / int(sizeof(C) / sizeof(float)) / Query<C, VD>::vectors * 2 / 3);
+    static constexpr int together = most(1, REGISTERS / int(sizeof(C) / sizeof(float)) / Query<C, VD>::vectors * 2 / 3);
 
     const Step& step;
     const T* kv;  // of one slot and head
@@ -170,7 +170,7 @@ template <class T, class O, int KD, int VD> struct Attention {
     Query<C, VD>* queries;
 
     int64_t start(int64_t row) const {
-        return window ? std::max<int64_t>(0, step.position[row] + 1 - window) : 0;
+        return window ? most<int64_t>(0, step.position[row] + 1 - window) : 0;
     }
     int64_t place(int64_t row, int64_t position) const {
         return position < step.plain[row] ? position : step.path[step.path_start[row] + position - step.plain[row]];
@@ -179,9 +179,9 @@ template <class T, class O, int KD, int VD> struct Attention {
 
     // The keys of a tile as a row sees them; those it does not see stand for one it does.
     void point(int64_t row, int64_t from, const T* (&keys)[TILE]) const {
-        const int64_t low = std::max(start(row), from), high = step.position[row];
+        const int64_t low = most(start(row), from), high = step.position[row];
         for (int key = 0; key < TILE; ++key)
-            keys[key] = kv + place(row, std::min(std::max(from + key, low), high)) * (KD + VD);
+            keys[key] = kv + place(row, least(most(from + key, low), high)) * (KD + VD);
     }
 
     // Brings the keys and values of a tile nearer.
@@ -239,13 +239,13 @@ template <class T, class O, int KD, int VD> struct Attention {
             const int64_t low = start(first + row) - from, high = step.position[first + row] + 1 - from;
             if (low >= KEYS || high <= 0) continue;
             for (int64_t i = 0; i < group; ++i)
-                queries[row * group + i].weigh(int(std::max<int64_t>(low, 0)), int(std::min<int64_t>(high, KEYS)));
+                queries[row * group + i].weigh(int(most<int64_t>(low, 0)), int(least<int64_t>(high, KEYS)));
         }
         for (int at = 0; at < TILES; ++at)
             over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool shared) {
                 const int64_t start_of_tile = from + at * TILE;
-                const int64_t low = shared ? 0 : std::max<int64_t>(0, start(row) - start_of_tile);
-                const int64_t high = shared ? TILE : std::min<int64_t>(TILE, step.position[row] + 1 - start_of_tile);
+                const int64_t low = shared ? 0 : most<int64_t>(0, start(row) - start_of_tile);
+                const int64_t high = shared ? TILE : least<int64_t>(TILE, step.position[row] + 1 - start_of_tile);
                 if (low >= high) return;
                 values.fill(keys, KD, int(low), int(high));
                 add_some<together>(values, at, int(low), int(high), query, end);
@@ -254,11 +254,9 @@ template <class T, class O, int KD, int VD> struct Attention {
 
     void run(const T* q, Heads heads, const C* sinks, int64_t head, O* out, int64_t out_width) {
         int64_t begin = start(first), end = 0;
-        const std::unique_ptr<const T*[]> places(new const T*[count * group]);
-        const std::unique_ptr<Query<C, VD>[]> all(new Query<C, VD>[count * group]);
-        vectors = places.get(), queries = all.get();
+        vectors = new const T*[count * group], queries = new Query<C, VD>[count * group];
         for (int64_t row = 0; row < count; ++row) {
-            begin = std::min(begin, start(first + row)), end = std::max<int64_t>(end, step.position[first + row] + 1);
+            begin = least(begin, start(first + row)), end = most<int64_t>(end, step.position[first + row] + 1);
             for (int64_t i = 0; i < group; ++i) {
                 vectors[row * group + i] = q + (first + row) * heads.width + heads.offset + (head + i) * heads.stride;
                 queries[row * group + i].start(sinks ? sinks + head + i : nullptr);
@@ -272,6 +270,8 @@ template <class T, class O, int KD, int VD> struct Attention {
                 O* to = out + (first + row) * out_width + (head + i) * VD;
                 sweep<VD>([&](int64_t d, auto lanes) { store(to + d, query.gathered[d / LANES] / query.total, lanes); });
             }
+        delete[] vectors;
+        delete[] queries;
     }
 };
 
@@ -279,12 +279,13 @@ template <class T, class O, int KD, int VD>
 void attend(const Step& step, int thread, int64_t heads, int64_t kv_heads, const T* q, Heads where, const T* kv, O* out,
             const computing<T>* sinks, int64_t window, Scoring<computing<T>> scoring) {
     const Call& call = step.call;
-    const int64_t group = heads / kv_heads, most = std::max<int64_t>(1, QUERIES / group);
-    const int64_t even = std::max<int64_t>(1, (call.rows + step.threads - 1) / step.threads);
+    const int64_t group = heads / kv_heads;
+    const int64_t even = (call.rows + step.threads - 1) / step.threads;
+    const int64_t together = most<int64_t>(1, least(QUERIES / group, even));
     int64_t item = 0;
     for (int64_t first = 0, end; first < call.rows; first = end) {
         end = first + 1;
-        while (end < call.rows && call.sequences[end] == call.sequences[first] && end - first < std::min(most, even)) ++end;
+        while (end < call.rows && call.sequences[end] == call.sequences[first] && end - first < together) ++end;
         for (int64_t head = 0; head < kv_heads; ++head, ++item) {
             if (item % step.threads != thread) continue;
             const T* stored = kv + (call.sequences[first] * kv_heads + head) * call.capacity * (KD + VD);

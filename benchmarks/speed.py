@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.record import Prompt, add_prompt_options, load_prompts, save, version
-from benchmarks.systems import MAKERS, System, Timed, make, turn
+from benchmarks.systems import MAKERS, System, Timed, make, turn, wide_console
 from examples.smollm2 import load
 
 DTYPES = ("bfloat16", "float32")
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every system with every prompt")
     parser.add_argument("--save", default="speed", help="name of the record under benchmarks/results")
     arguments = parser.parse_args()
-    console = Console(highlight=False)
+    console = wide_console()
     prompts = load_prompts(arguments.prompts, arguments.per_category)
     results = {}
     for dtype in arguments.dtype:
@@ -104,9 +104,8 @@ def summary(prompts: Sequence[Prompt], runs: Runs, name: str) -> dict[str, objec
     """Figures of one system. Tokens per second and per step leave out the first token, which the prefill makes."""
     groups: dict[str, list[list[Timed]]] = {}
     for prompt, rounds in zip(prompts, runs[name], strict=True):
-        for key in (prompt.category, "all"):
-            groups.setdefault(key, []).append(rounds)
-    everything = groups["all"]
+        groups.setdefault(prompt.category, []).append(rounds)
+    everything = groups["all"] = runs[name]
     made = sum(new_tokens(rounds) for rounds in everything)
     by_round = [made / sum(run.decode for run in turns) for turns in zip(*everything, strict=True)]
     return {

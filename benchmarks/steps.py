@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import graft
 from benchmarks.llama import PeerError
 from benchmarks.record import save, version
-from benchmarks.systems import Graft, LlamaCpp, System, Transformers, turn
+from benchmarks.systems import Graft, LlamaCpp, System, Transformers, turn, wide_console
 from examples.smollm2 import load
 from graft.codegen.cpp.build import build
 from graft.codegen.cpp.executable import CppExecutable
@@ -38,7 +38,8 @@ DTYPES = ("bfloat16", "float32")
 ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32)
 CONTEXTS = (256, 1024)
 PROMPT = 1000
-LINE = 64
+LINE, READERS = 64, 8
+"""Bytes read at a time, and how many sums take turns, in probes.cpp."""
 READ_BYTES = 512 * 2**20
 AHEAD = (0, 1024, 4096, 16384, 65536)
 """Bytes between a line read and the line asked for; how far is best depends on the machine."""
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--prefills", type=int, default=7, help="timed prefills of every system")
     parser.add_argument("--save", default="steps", help="name of the record under benchmarks/results")
     arguments = parser.parse_args()
-    console = Console(highlight=False)
+    console = wide_console()
     results = {}
     for dtype in arguments.dtype:
         console.print(f"loading and compiling SmolLM2-135M-Instruct in {dtype}, {torch.get_num_threads()} threads")
@@ -83,9 +84,9 @@ class Probes:
         self.library.probe_read.restype = self.library.probe_peak.restype = ctypes.c_double
         self.library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         self.library.probe_peak.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
-        group = 8 * threads
-        self.lines = -(-max(READ_BYTES, 4 * last_level_cache()) // (LINE * group)) * group
-        self.probe = self.library.probe_open(threads, self.lines)
+        each = -(-max(READ_BYTES, 4 * last_level_cache()) // (LINE * threads * READERS)) * READERS
+        self.lines = threads * each
+        self.probe = self.library.probe_open(threads, each)
         if not self.probe:
             raise PeerError("there is no memory for the bandwidth probe", expected=f"{self.lines * LINE} bytes")
         self.ahead = max(AHEAD, key=lambda ahead: median(self.bandwidth(ahead) for _ in range(5)))
@@ -150,8 +151,10 @@ def measure(decoder: Decoder, dtype: str, repeats: int) -> tuple[dict, list[dict
         "read_bytes": probes.lines * LINE,
         "last_level_cache_bytes": last_level_cache(),
         "prefetch_ahead_bytes": probes.ahead,
-        "gigabytes_per_second": spread(reads, 1e9) | {"reached": round(reached, 2), "used": max(bandwidth, reached)},
-        "gigaflops_per_second": spread(peaks, 1e9) | {"reached": round(computed, 1), "used": max(peak, computed)},
+        "gigabytes_per_second": spread(reads, 1e9)
+        | {"reached": round(reached, 2), "used": round(max(bandwidth, reached), 2)},
+        "gigaflops_per_second": spread(peaks, 1e9)
+        | {"reached": round(computed, 1), "used": round(max(peak, computed), 1)},
     }
     for one in rows:
         memory, arithmetic = floors(one["gigabytes"], one["gigaflops"], machine)

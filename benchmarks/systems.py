@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria
 
@@ -219,3 +220,9 @@ def turn(system: System, ids: list[int], new_tokens: int) -> Timed:
     """One timed run, after a pause in which the threads of the system before go to sleep."""
     time.sleep(PAUSE)
     return system.run(ids, new_tokens)
+
+
+def wide_console() -> Console:
+    """A console that does not squeeze tables where its output goes to a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)

@@ -60,7 +60,7 @@ class Decoder:
     def __init__(self, function: Function, executable: Executable, vocabulary: int, max_positions: int | None) -> None:
         self.function, self.executable = function, executable
         self.vocabulary, self.max_positions = vocabulary, max_positions
-        self.device = next(function.weights.parameters()).device
+        self.device = function.device
         self.store = KVStore(function.states, self.device)
         self.shared: dict[str, object] = {}
         """State of drafters that outlives a generate() call (compiler.drafting.Target)."""

@@ -76,7 +76,7 @@ def print_kernel(kernel: Kernel, packed: frozenset[str]) -> Printed:
 
 def function(name: str, body: str, comment: str) -> str:
     """A kernel's code as a function."""
-    return f"// {comment}\nvoid {name}(const Step& step, const int32_t* argument, int thread) {{\n{body}}}\n"
+    return f"// {comment}\nvoid {name}(const Step& step, const int32_t* argument, int part) {{\n{body}}}\n"
 
 
 # Row kernels.
@@ -91,7 +91,7 @@ def row_kernel(kernel: RowKernel) -> str:
         if isinstance(one, Load) and one.access.selected
     }
     lines = [
-        f"for (Share share(step.count('{kernel.rows}'), thread, step.threads); share.first < share.last; "
+        f"for (Share share(step.count('{kernel.rows}'), part, step.parts); share.first < share.last; "
         "++share.first) {",
         "    const int64_t row = share.first;",
     ]
@@ -219,7 +219,7 @@ def matmul(kernel: MatmulKernel) -> Printed:
     kind = TYPES[kernel.weight_dtype]
     lines += [
         "};",
-        f"matmul<{kind}, {TYPES[out.dtype]}>(step, thread, step.count('{out.rows}'), "
+        f"matmul<{kind}, {TYPES[out.dtype]}>(step, part, step.count('{out.rows}'), "
         f"step.array<{kind}>(argument[0]) + {kernel.offset}, {x.width},",
         f"    {kernel.depth}, step.array<{TYPES[out.dtype]}>(argument[1]), {out.width}, pieces, {count});",
     ]
@@ -233,7 +233,7 @@ def gather(kernel: GatherKernel, packed: frozenset[str]) -> Printed:
     name = "gather_packed" if kernel.weight in packed else "gather"
     kind = TYPES[kernel.weight_dtype]
     lines = [
-        f"{name}<{kind}>(step, thread, step.count('{out.rows}'), "
+        f"{name}<{kind}>(step, part, step.count('{out.rows}'), "
         f"step.array<int64_t>(argument[0]) + {kernel.offset}, {index.width},",
         f"    step.array<{kind}>(argument[2]), {out.width}, step.array<{kind}>(argument[1]));",
     ]
@@ -258,7 +258,7 @@ def append(kernel: AppendKernel) -> Printed:
     keys, values = kernel.arrays
     kind, k, v = TYPES[kernel.kv_dtype], kernel.keys, kernel.values
     lines = [
-        f"append<{kind}, {k.width}, {v.width}>(step, thread, {k.count},",
+        f"append<{kind}, {k.width}, {v.width}>(step, part, {k.count},",
         f"    step.array<{kind}>(argument[0]), {print_heads(keys.width, k)},",
         f"    step.array<{kind}>(argument[1]), {print_heads(values.width, v)},",
         f"    {cache(kernel, k.count, k.width + v.width, 2)});",
@@ -274,7 +274,7 @@ def attend(kernel: AttendKernel) -> Printed:
     scoring = f"{{{literal(kernel.scale, inside)}, {literal(kernel.softcap, inside)}}}"
     width = q.width + kernel.value_dim
     lines = [
-        f"attend<{kind}, {TYPES[out.dtype]}, {q.width}, {kernel.value_dim}>(step, thread, {q.count}, "
+        f"attend<{kind}, {TYPES[out.dtype]}, {q.width}, {kernel.value_dim}>(step, part, {q.count}, "
         f"{kernel.kv_heads},",
         f"    step.array<{kind}>(argument[0]), {print_heads(queries.width, q)},",
         f"    {cache(kernel, kernel.kv_heads, width, 2)},",

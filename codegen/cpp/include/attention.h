@@ -16,9 +16,9 @@ constexpr int64_t QUERIES = 48;  // that are worked on together, where there are
 struct Heads { int64_t width, offset, stride; };
 
 template <class T, int KD, int VD>
-void append(const Step& step, int thread, int64_t heads, const T* keys, Heads k, const T* values, Heads v, T* kv) {
+void append(const Step& step, int part, int64_t heads, const T* keys, Heads k, const T* values, Heads v, T* kv) {
     const Call& call = step.call;
-    for (Share share(call.rows, thread, step.threads); share.first < share.last; ++share.first) {
+    for (Share share(call.rows, part, step.parts); share.first < share.last; ++share.first) {
         const int64_t row = share.first;
         for (int64_t head = 0; head < heads; ++head) {
             T* to = kv + ((call.sequences[row] * heads + head) * call.capacity + step.place[row]) * (KD + VD);
@@ -276,18 +276,18 @@ template <class T, class O, int KD, int VD> struct Attention {
 };
 
 template <class T, class O, int KD, int VD>
-void attend(const Step& step, int thread, int64_t heads, int64_t kv_heads, const T* q, Heads where, const T* kv, O* out,
+void attend(const Step& step, int part, int64_t heads, int64_t kv_heads, const T* q, Heads where, const T* kv, O* out,
             const computing<T>* sinks, int64_t window, Scoring<computing<T>> scoring) {
     const Call& call = step.call;
     const int64_t group = heads / kv_heads;
-    const int64_t even = (call.rows + step.threads - 1) / step.threads;
+    const int64_t even = (call.rows + step.parts - 1) / step.parts;
     const int64_t together = most<int64_t>(1, least(QUERIES / group, even));
     int64_t item = 0;
     for (int64_t first = 0, end; first < call.rows; first = end) {
         end = first + 1;
         while (end < call.rows && call.sequences[end] == call.sequences[first] && end - first < together) ++end;
         for (int64_t head = 0; head < kv_heads; ++head, ++item) {
-            if (item % step.threads != thread) continue;
+            if (item % step.parts != part) continue;
             const T* stored = kv + (call.sequences[first] * kv_heads + head) * call.capacity * (KD + VD);
             Attention<T, O, KD, VD> attention{step, stored, group, first, end - first, window, scoring, nullptr, nullptr};
             attention.run(q, where, sinks, head * group, out, heads * VD);

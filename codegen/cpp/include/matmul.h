@@ -122,11 +122,11 @@ template <class W, class O, int R = BLOCK<computing<W>>, class... Rest> void mul
 
 // out [rows, out_stride] = x [rows, stride] times the pieces' weights [.., depth], side by side.
 template <class W, class O>
-void matmul(const Step& step, int thread, int64_t rows, const W* x, int64_t stride, int64_t depth, O* out, int64_t out_stride,
+void matmul(const Step& step, int part, int64_t rows, const W* x, int64_t stride, int64_t depth, O* out, int64_t out_stride,
             const Piece* pieces, int count) {
     int64_t panels = 0;
     for (int i = 0; i < count; ++i) panels += pieces[i].count();
-    const Share share(panels, thread, step.threads);
+    const Share share(panels, part, step.parts);
     const int64_t blocks = (rows + BLOCK<computing<W>> - 1) / BLOCK<computing<W>>;
     int64_t done = 0;
     for (int i = 0; i < count; done += pieces[i].count(), ++i) {
@@ -150,9 +150,9 @@ void matmul(const Step& step, int thread, int64_t rows, const W* x, int64_t stri
 
 // out [rows, depth] = the rows of a packed parameter that `index` names.
 template <class W>
-void gather_packed(const Step& step, int thread, int64_t rows, const int64_t* index, int64_t stride, const W* panels,
+void gather_packed(const Step& step, int part, int64_t rows, const int64_t* index, int64_t stride, const W* panels,
                    int64_t depth, W* out) {
-    for (Share share(rows, thread, step.threads); share.first < share.last; ++share.first) {
+    for (Share share(rows, part, step.parts); share.first < share.last; ++share.first) {
         const int64_t row = index[share.first * stride];
         const W* panel = panels + row / PANEL * panel_size<W>(depth);
         const int64_t lane = row % PANEL;
@@ -166,8 +166,8 @@ void gather_packed(const Step& step, int thread, int64_t rows, const int64_t* in
 
 // The same from a parameter as it came, [.., depth].
 template <class W>
-void gather(const Step& step, int thread, int64_t rows, const int64_t* index, int64_t stride, const W* table, int64_t depth, W* out) {
-    for (Share share(rows, thread, step.threads); share.first < share.last; ++share.first)
+void gather(const Step& step, int part, int64_t rows, const int64_t* index, int64_t stride, const W* table, int64_t depth, W* out) {
+    for (Share share(rows, part, step.parts); share.first < share.last; ++share.first)
         memcpy(out + share.first * depth, table + index[share.first * stride] * depth, depth * sizeof(W));
 }
 

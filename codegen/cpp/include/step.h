@@ -6,7 +6,7 @@
 namespace graft {
 
 struct Step;
-typedef void (*Kernel)(const Step&, const int32_t* arguments, int thread);
+typedef void (*Kernel)(const Step&, const int32_t* arguments, int part);
 
 // What Python hands over; all pointers outlive the call.
 struct Call {
@@ -22,13 +22,13 @@ struct Call {
 struct Step {
     const Call& call;
     const Kernel* kernels;
-    int threads;
+    int parts;                      // that the work of every kernel is cut into
     std::vector<int32_t> place;     // where in its slot a row is written
     std::vector<int32_t> plain;     // so many tokens of the row's text stand at the places of their positions
     std::vector<int32_t> position;  // of the row in its text
     std::vector<int32_t> path_start, path;  // the places of those behind `plain`, row after row
 
-    Step(const Call& call, const Kernel* kernels, int threads) : call(call), kernels(kernels), threads(threads) {
+    Step(const Call& call, const Kernel* kernels, int parts) : call(call), kernels(kernels), parts(parts) {
         const int64_t rows = call.rows;
         place.resize(rows), plain.resize(rows), position.resize(rows), path_start.resize(rows + 1);
         for (int64_t row = 0; row < rows; ++row) lay_out(row);
@@ -57,22 +57,39 @@ struct Step {
     }
 };
 
-// The part of `count` equal pieces of work that a thread does.
+// One of so many parts of `count` equal pieces of work.
 struct Share {
     int64_t first, last;
-    Share(int64_t count, int thread, int threads) : first(count * thread / threads), last(count * (thread + 1) / threads) {}
+    Share(int64_t count, int part, int parts) : first(count * part / parts), last(count * (part + 1) / parts) {}
 };
 
+// How far a kernel has got.
+struct Progress { Shared taken, done; };
+
+// Threads take parts of a kernel as they come, and go on to the next when all parts are done.
 inline void run(Team& team, const Step& step) {
-    team.run([&](int thread) {
-        for (int64_t i = step.call.first; i < step.call.last; ++i) {
-            const int32_t* entry = step.call.schedule + 2 * i;
-            const double start = thread == 0 && step.call.seconds ? seconds_now() : 0;
-            step.kernels[entry[0]](step, step.call.arguments + entry[1], thread);
-            team.barrier();
-            if (thread == 0 && step.call.seconds) step.call.seconds[i] += seconds_now() - start;
+    const int64_t count = step.call.last - step.call.first;
+    Progress* const progress = new Progress[count];
+    double* const seconds = step.call.seconds;
+    double before = seconds ? seconds_now() : 0;
+    team.run([&] {
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t* entry = step.call.schedule + 2 * (step.call.first + i);
+            Progress& kernel = progress[i];
+            uint32_t part = 0;
+            while (kernel.taken.read() < uint32_t(step.parts) && (part = kernel.taken.add(1)) < uint32_t(step.parts)) {
+                step.kernels[entry[0]](step, step.call.arguments + entry[1], int(part));
+                const bool last = kernel.done.add(1) + 1 == uint32_t(step.parts);
+                if (last && seconds) {
+                    const double now = seconds_now();
+                    seconds[step.call.first + i] += now - before;
+                    before = now;
+                }
+            }
+            for (int spins = 0; kernel.done.read() < uint32_t(step.parts); ++spins) pause(spins);
         }
     });
+    delete[] progress;
 }
 
 }  // namespace graft

@@ -1,4 +1,4 @@
-// Threads that stay: they wait for a step by spinning for a moment and sleeping after that, and meet at barriers in it.
+// Threads that stay: they wait for a task by spinning for a moment, sleeping after that, and join in while it is open.
 // Plain system calls and built-ins, because the standard library's headers would be most of what is compiled.
 #pragma once
 #include <cstdint>
@@ -22,6 +22,12 @@ inline void relax() {
 #endif
 }
 
+// One turn of waiting for what another thread is about to do.
+inline void pause(int spins) {
+    relax();
+    if (spins > 2000) sched_yield();  // it has lost its core
+}
+
 inline double seconds_now() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -32,8 +38,8 @@ inline double seconds_now() {
 struct alignas(64) Shared {
     uint32_t value = 0;
 
-    uint32_t read() const { return __atomic_load_n(&value, __ATOMIC_ACQUIRE); }
-    void write(uint32_t to) { __atomic_store_n(&value, to, __ATOMIC_RELEASE); }
+    uint32_t read() const { return __atomic_load_n(&value, __ATOMIC_SEQ_CST); }
+    void write(uint32_t to) { __atomic_store_n(&value, to, __ATOMIC_SEQ_CST); }
     uint32_t add(uint32_t more) { return __atomic_fetch_add(&value, more, __ATOMIC_SEQ_CST); }
 
     // Sleeps as long as the number is `seen`; may wake early.
@@ -57,72 +63,56 @@ class Team {
 
     ~Team() {
         if (here()) {  // a forked child has the object but not the threads
-            job = nullptr;
+            stopping = true;
             begin();
-            for (int thread = 1; thread < size; ++thread) pthread_join(members[thread].handle, nullptr);
+            for (int thread = 1; thread < size; ++thread) pthread_join(members[thread], nullptr);
         }
         delete[] members;
     }
 
-    // Runs task(thread) on every thread, the caller being thread 0; returns when all are done.
+    // Runs task() on the caller, and on every other thread that comes in time; returns when none is in it any more. The
+    // task shares its work out by itself, so that it never waits for a thread that has no core.
     template <class Task> void run(const Task& task) {
-        job = [](const void* data, int thread) { (*(const Task*)data)(thread); };
+        job = [](const void* data) { (*(const Task*)data)(); };
         data = &task;
         begin();
-        task(0);
-        barrier();
-    }
-
-    // Returns when every thread has come here. What each wrote before is visible to all after.
-    void barrier() {
-        if (size == 1) return;
-        const uint32_t round = rounds.read();
-        if (arrived.add(1) == uint32_t(size - 1)) {
-            arrived.write(0);
-            rounds.write(round + 1);
-            return;
-        }
-        for (int spins = 0; rounds.read() == round; ++spins) {
-            relax();
-            if (spins > 20000) sched_yield();  // the other thread has lost its core
-        }
+        task();
+        open.write(0);
+        for (int spins = 0; inside.read(); ++spins) pause(spins);
     }
 
     bool here() const { return process == getpid(); }
 
   private:
-    struct Member {
-        Team* team;
-        int number;
-        pthread_t handle;
-    };
-
     // Starts the other threads; returns how many there are with the caller, fewer than wanted where the system refuses.
     int start(int wanted) {
-        members = new Member[wanted];
+        members = new pthread_t[wanted];
         int count = 1;
         for (; count < wanted; ++count) {
-            members[count] = {this, count, {}};
             const auto body = [](void* one) -> void* {
-                ((Member*)one)->team->work(((Member*)one)->number);
+                ((Team*)one)->work();
                 return nullptr;
             };
-            if (pthread_create(&members[count].handle, nullptr, body, &members[count])) break;
+            if (pthread_create(&members[count], nullptr, body, this)) break;
         }
         return count;
     }
 
     void begin() {
+        open.write(1);
         generation.add(1);
         if (sleepers.read()) generation.wake();
     }
 
-    void work(int thread) {
-        for (uint32_t seen = 0;; ++seen) {
+    void work() {
+        for (uint32_t seen = 0;;) {
             wait(seen);
-            if (!job) return;
-            job(data, thread);
-            barrier();
+            seen = generation.read();
+            inside.add(1);
+            const bool stop = stopping;
+            if (!stop && open.read()) job(data);
+            inside.add(-1);
+            if (stop) return;
         }
     }
 
@@ -139,10 +129,11 @@ class Team {
         sleepers.add(-1);
     }
 
-    void (*job)(const void*, int) = nullptr;
+    void (*job)(const void*) = nullptr;
     const void* data = nullptr;
-    Member* members = nullptr;
-    Shared generation, sleepers, arrived, rounds;
+    bool stopping = false;
+    pthread_t* members = nullptr;
+    Shared generation, open, inside, sleepers;
 
   public:
     const int size;

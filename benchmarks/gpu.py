@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="T of the steps to time")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile(max-autotune) out: it takes long")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long")
     parser.add_argument("--save", default="gpu", help="name of the record under benchmarks/results")
     arguments = parser.parse_args()
     console = Console(highlight=False)
@@ -161,11 +161,17 @@ def values(function: Function, inputs: list[Tensor], states: list[Tensor], doubl
     states = [state.double() if double else state.clone() for state in states]
     evaluated = Evaluated(fx.GraphModule(weights, copy.deepcopy(function.graph)), double)
     evaluated.run(*inputs, *states)
-    return {node.name: value for node, value in evaluated.env.items() if isinstance(value, Tensor)}
+    return {node.name: rows_first(node, value) for node, value in evaluated.env.items() if isinstance(value, Tensor)}
+
+
+def rows_first(node: fx.Node, value: Tensor) -> Tensor:
+    """A value as kernels lay it out: the dim of rows, the only dynamic one, before all others."""
+    dynamic = [axis for axis, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)]
+    return value.movedim(dynamic[0], 0) if dynamic else value
 
 
 def check(function: Function, rows: int) -> tuple[int, list[str]]:
-    """How many kernels were looked at, and the names of those whose values are further from float64 than they may be."""
+    """How many values of kernels were looked at, and which are further from float64 than they may be."""
     inputs, states = inputs_of(function, rows, CONTEXT, CAPACITY)
     executable = TritonExecutable(function)
     exact = values(executable.cut.function, inputs, states, True)
@@ -245,7 +251,7 @@ def measure(name: str, rows: list[int], speed: float, compiled: bool, console: C
 
 
 def eager_step(model: PreTrainedModel, rows: int) -> Callable[[], object]:
-    """transformers on a growing cache, cut back before every step."""
+    """transformers on a growing cache, cut back after every step."""
     ids = torch.randint(3, 1000, (1, CONTEXT), device="cuda")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -253,8 +259,9 @@ def eager_step(model: PreTrainedModel, rows: int) -> Callable[[], object]:
 
     @torch.no_grad()
     def step() -> object:
-        cache.crop(CONTEXT)
-        return model(ids[:, :rows], past_key_values=cache).logits
+        logits = model(ids[:, :rows], past_key_values=cache).logits
+        cache.crop(-rows)
+        return logits
 
     return step
 

@@ -16,7 +16,7 @@ from graft.codegen.executable import Executable
 from graft.compiler.errors import LoweringError
 from graft.compiler.program import Function
 
-BACKENDS = ("auto", "cpp", "aten")
+BACKENDS = ("auto", "cpp", "triton", "aten")
 
 
 class LoweringWarning(UserWarning):
@@ -27,7 +27,7 @@ def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor
     """The code that runs a function on flat rows.
 
     "auto" is fused C++ for a function whose parameters are on the CPU, and ATen elsewhere, or where there is no C++
-    compiler, which is said in a LoweringWarning. Raises LoweringError for a function that is not on flat rows, and for
+    compiler, which is said in a LoweringWarning. "triton" has to be asked for by name: see docs/limits.md. Raises LoweringError for a function that is not on flat rows, and for
     a backend that is unknown or cannot run the function here.
 
     `panels` are what an executable's `replaced` gave: parameters in packed form, by name, that stand in the function's
@@ -38,6 +38,11 @@ def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor
     device = function.device
     if backend == "cpp" and device.type != "cpu":
         raise LoweringError("C++ runs on the CPU", found=f"parameters on {device}", remedy='model.to("cpu")')
+    if backend == "triton":
+        from graft.codegen.triton.executable import TritonExecutable  # triton exists for Linux only
+
+        restore(function.weights, panels or {})
+        return TritonExecutable(function)
     if backend == "aten" or device.type != "cpu":
         return aten(function, panels)
     try:

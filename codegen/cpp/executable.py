@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
-from graft.codegen.cpp.memory import pack, place_arrays, row_bytes
-from graft.codegen.kernel_ir import Array, AtenKernel, Kernels, MatmulKernel
+from graft.codegen.cpp.memory import check_panels, pack, place_arrays, row_bytes
+from graft.codegen.kernel_ir import Array, AtenKernel, Kernels, MatmulKernel, parameters_behind
 from graft.codegen.prediction import Prediction, cached_rates, calibrate
 from graft.codegen.records import record
 from graft.codegen.regions import cut
@@ -39,8 +39,19 @@ class CppExecutable:
     invariant = True
     """Every row's result is the same bits whatever other rows there are."""
 
-    def __init__(self, function: Function, isa: Isa | None = None, threads: int | None = None) -> None:
-        """Raises LoweringError (build.NoCompiler where there is no compiler) if the library cannot be built."""
+    backend = "cpp"
+
+    def __init__(
+        self,
+        function: Function,
+        isa: Isa | None = None,
+        threads: int | None = None,
+        panels: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`panels` are parameters that are packed already, by name; the function's weights need not hold those.
+
+        Raises LoweringError (build.NoCompiler where there is no compiler) if the library cannot be built.
+        """
         self.function, self.isa = function, isa or choose(None)
         self.cut: Kernels = cut(function)
         products = [kernel for kernel in self.cut.kernels if isinstance(kernel, MatmulKernel)]
@@ -50,8 +61,8 @@ class CppExecutable:
         self.threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
         self.lock = threading.Lock()
         self.team = self.open_team()
-        self.panels: dict[int, Tensor] = {}
-        """Packed parameters, by where the original lies: tied ones are packed once."""
+        self.panels: dict[str, Tensor] = dict(panels or {})
+        """Packed parameters by name: tied ones are packed once."""
         self.keep: list[Tensor] = []
         """What the addresses point to."""
         self.addresses = np.zeros(len(self.code.places) + 1, np.int64)
@@ -107,7 +118,8 @@ class CppExecutable:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of packed weights, and of the arena for what kernels hand to each other."""
-        return {"packed weights": sum(tensor.nbytes for tensor in self.panels.values()), "arena": self.arena.nbytes}
+        size = {id(tensor): tensor.nbytes for tensor in self.panels.values()}
+        return {"packed weights": sum(size.values()), "arena": self.arena.nbytes}
 
     @property
     def source(self) -> str:
@@ -122,6 +134,7 @@ class CppExecutable:
 
     def place_weights(self) -> None:
         """Pack every parameter that is multiplied with, once, and note where everything constant lies."""
+        packed: dict[int, Tensor] = {}
         for name, number in self.code.places.items():
             kind, _, path = name.partition(" ")
             if kind in ("weight", "bias", "table"):
@@ -129,9 +142,12 @@ class CppExecutable:
                 if kind != "weight":
                     self.point(number, parameter.contiguous())
                     continue
-                if parameter.data_ptr() not in self.panels:
-                    self.panels[parameter.data_ptr()] = pack(parameter)
-                self.point(number, self.panels[parameter.data_ptr()])
+                if path in self.panels:
+                    check_panels(self.panels[path], parameter, path)
+                else:
+                    place = parameter.data_ptr()
+                    packed[place] = self.panels[path] = packed[place] if place in packed else pack(parameter)
+                self.point(number, self.panels[path])
             elif kind == "wide":
                 constant = self.cut.constants[path]
                 wide = torch.float64 if constant.dtype == torch.float64 else torch.float32
@@ -141,11 +157,20 @@ class CppExecutable:
                 self.point(number, constant.float() if constant.dtype == torch.bool else constant)
 
     def packed_only(self) -> set[int]:
-        """Where the parameters lie that are read as panels and in no other way."""
-        aten = [node for kernel in self.cut.kernels if isinstance(kernel, AtenKernel) for node in kernel.nodes]
-        read = [node.target for node in aten for node in node.all_input_nodes if node.op == "get_attr"]
+        """Where the parameters lie that are read as panels, and in no other way even when this is built again."""
+        aten = [kernel for kernel in self.cut.kernels if isinstance(kernel, AtenKernel)]
+        read = [name for kernel in aten for name in parameters_behind(kernel.nodes, kernel.operands)]
         others = {attribute(self.function.weights, name).data_ptr() for name in read}
-        return self.panels.keys() - others - {tensor.data_ptr() for tensor in self.keep}
+        constants = [node for node in self.cut.function.graph.nodes if node.name in self.cut.constants]
+        others |= {attribute(self.function.weights, name).data_ptr() for name in parameters_behind(constants)}
+        own = {attribute(self.function.weights, name).data_ptr() for name in self.panels}
+        return own - others - {tensor.data_ptr() for tensor in self.keep}
+
+    def replaced(self) -> dict[str, Tensor]:
+        """See codegen.executable.Executable."""
+        places = self.packed_only()
+        found = {name: attribute(self.function.weights, name) for name in self.panels}
+        return {name: self.panels[name] for name, one in found.items() if one.is_meta or one.data_ptr() in places}
 
     def release(self, modules: Sequence[nn.Module]) -> int:
         """Give up the modules' parameters that are held as panels; returns the bytes given back."""
@@ -167,8 +192,11 @@ class CppExecutable:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See codegen.executable.Executable."""
+        if not self.library.graft_here(self.team):
+            # In a forked child: the threads are not here, and one that held the lock may not be either.
+            self.lock, self.team = threading.Lock(), self.open_team()
         with self.lock:
-            return self.run(inputs)
+            return self.run((*(one.contiguous() for one in inputs[: len(INPUTS)]), *inputs[len(INPUTS) :]))
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """One step."""
@@ -197,8 +225,6 @@ class CppExecutable:
             self.arguments.ctypes.data,
             seconds=self.seconds.ctypes.data if self.seconds is not None else None,
         )
-        if not self.library.graft_here(self.team):
-            self.team = self.open_team()
         self.run_segments(call, given)
         return outputs[0], outputs[1]
 

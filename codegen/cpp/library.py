@@ -33,7 +33,7 @@ const Kernel KERNELS[] = {{{names}}};
 API Team* graft_open(int threads) {{ return new Team(threads); }}
 API void graft_close(Team* team) {{ delete team; }}
 API int graft_here(const Team* team) {{ return team->here(); }}
-API void graft_run(Team* team, const Call* call) {{ run(*team, Step(*call, KERNELS, team->size == 1 ? 1 : 2 * team->size)); }}
+API void graft_run(Team* team, const Call* call) {{ run(*team, *call, KERNELS); }}
 """
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.codegen.kernel_ir import Array, Kernel
+from graft.compiler.errors import LoweringError
 
 PANEL = 32
 """Outputs of a parameter that are stored side by side (include/matmul.h)."""
@@ -28,6 +31,45 @@ def pack(weight: Tensor) -> Tensor:
     if paired:
         return weight.view(panels, PANEL, steps // 2, 2).permute(0, 2, 1, 3).contiguous()
     return weight.view(panels, PANEL, steps).permute(0, 2, 1).contiguous()
+
+
+def panel_shape(out: int, depth: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of `pack`'s result for a parameter [out, depth]."""
+    panels = -(-out // PANEL)
+    return (panels, -(-depth // 2), PANEL, 2) if dtype == torch.bfloat16 else (panels, depth, PANEL)
+
+
+def unpack(panels: Tensor, out: int, depth: int) -> Tensor:
+    """The parameter [out, depth] that `pack` made the panels of."""
+    rows = panels.permute(0, 2, 1, 3) if panels.dim() == 4 else panels.permute(0, 2, 1)
+    return rows.reshape(panels.shape[0] * PANEL, -1)[:out, :depth].contiguous()
+
+
+def check_panels(panels: Tensor, parameter: Tensor, name: str) -> None:
+    """Raise LoweringError unless these can be the panels of a parameter of that shape and dtype."""
+    out, depth = parameter.shape
+    expected = panel_shape(out, depth, parameter.dtype)
+    if tuple(panels.shape) != expected or panels.dtype != parameter.dtype or not panels.is_contiguous():
+        raise LoweringError(
+            "a packed parameter has the wrong form",
+            expected=f"{parameter.dtype} {list(expected)}",
+            found=f"{panels.dtype} {list(panels.shape)}",
+            where=name,
+        )
+
+
+def restore(weights: nn.Module, panels: Mapping[str, Tensor]) -> None:
+    """Unpack the panels of parameters, by name, into the places where these stand without storage."""
+    found: dict[int, nn.Parameter] = {}
+    for name, packed in panels.items():
+        parent, _, last = name.rpartition(".")
+        module = weights.get_submodule(parent)
+        parameter = module._parameters[last]
+        if parameter is not None and parameter.is_meta:
+            check_panels(packed, parameter, name)
+            if id(packed) not in found:
+                found[id(packed)] = nn.Parameter(unpack(packed, *parameter.shape), requires_grad=False)
+            module._parameters[last] = found[id(packed)]
 
 
 def place_arrays(kernels: tuple[Kernel, ...], external: frozenset[str]) -> tuple[dict[str, int], int]:

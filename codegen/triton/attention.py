@@ -56,6 +56,8 @@ def print_attend(kernel: AttendKernel) -> Printed:
     q, kind, key, value = kernel.queries, TYPES[kernel.kv_dtype], kernel.queries.width, kernel.value_dim
     group = q.count // kernel.kv_heads
     block = lanes(group, LANES)
+    # Bytes of a block of keys and values; more of them under way than one would not fit into 64 KiB of shared memory.
+    tile = 64 * (lanes(key, LANES) + lanes(value, LANES)) * kernel.kv_dtype.itemsize
     lines = [
         "row, head = tl.program_id(0), tl.program_id(1)",
         f"start = (tl.load(slot + row).to(tl.int64) * {kernel.kv_heads} + head) * capacity * {key + value}",
@@ -66,8 +68,8 @@ def print_attend(kernel: AttendKernel) -> Printed:
         f"WINDOW={kernel.window}, SOFTCAP={literal(kernel.softcap)}, SINKS={bool(sinks)},",
         f"    LANES={block}, KEY_LANES={lanes(key, LANES)}, VALUE_LANES={lanes(value, LANES)})",
         f"i, j = tl.arange(0, {block})[:, None], tl.arange(0, {lanes(value, LANES)})[None, :]",
-        f"place = (row.to(tl.int64) * {q.count} + head * {group} + i) * {value} + j",
-        f"tl.store(a1 + place, {'found' if TYPES[out.dtype] == 'fp32' else narrowed('found', out.dtype)}, "
+        f"spot = (row.to(tl.int64) * {q.count} + head * {group} + i) * {value} + j",
+        f"tl.store(a1 + spot, {'found' if TYPES[out.dtype] == 'fp32' else narrowed('found', out.dtype)}, "
         f"(i < {group}) & (j < {value}))",
     ]
     more = [("sinks", f"*{TYPES[sink.dtype]}", sink.name) for sink in sinks]
@@ -81,5 +83,6 @@ def print_attend(kernel: AttendKernel) -> Printed:
         tuple(lines),
         tuple(argument for _, _, argument in given),
         Grid("N", 1, kernel.kv_heads),
+        stages=2 if tile <= 32 * 1024 else 1,
         unaligned=unaligned((key + value) * kernel.kv_dtype.itemsize),
     )

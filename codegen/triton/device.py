@@ -5,6 +5,8 @@ multiply-add is fused only where it says fma. Under TRITON_INTERPRET=1 the same 
 bfloat16; the two places where that shows are marked by INTERPRETED.
 """
 
+# ruff: noqa: PLR0124 (NaN is what differs from itself)
+
 from __future__ import annotations
 
 import triton
@@ -221,7 +223,7 @@ def places(
     """
     far = tl.where(spot >= plain, tl.maximum(position - spot, 0), 0)
     at = far * 0 + row
-    for level in range(0, levels):
+    for level in range(levels):
         at = tl.where((far >> level) & 1 != 0, tl.load(above + level * rows + at), at)
     return tl.where(spot < plain, spot, tl.load(place + at))
 
@@ -250,7 +252,7 @@ def attention(
     KEY_LANES: tl.constexpr,
     VALUE_LANES: tl.constexpr,
 ) -> tl.tensor:
-    """[LANES, VALUE_LANES] float32: attention of one row's HEADS queries, STRIDE apart, over one head's keys and values.
+    """[LANES, VALUE_LANES] float32: attention of one row's HEADS queries, STRIDE apart, over one head's state.
 
     `kv` is where the slot's keys and values of that head start. Blocks of KEYS positions are visited in order whatever
     the places of their tokens, so the arithmetic depends on the row's position and text alone. Lanes beyond a size hold
@@ -276,7 +278,7 @@ def attention(
         keys = tl.load(token + inner[None, :], mask=seen[:, None] & (inner < KEY)[None, :], other=0.0)
         values = tl.load(token + KEY + outer[None, :], mask=seen[:, None] & (outer < VALUE)[None, :], other=0.0)
         scores = product(q, tl.trans(keys)) * SCALE
-        if SOFTCAP:
+        if SOFTCAP != 0.0:
             scores = tanh(divide(scores, tl.full([], SOFTCAP, tl.float32))) * SOFTCAP
         scores = tl.where(seen[None, :], scores, float("-inf"))
         limit = tl.maximum(tl.max(scores, 1), top)

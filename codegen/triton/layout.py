@@ -34,14 +34,14 @@ def lay_out(sequences: Tensor, parents: Tensor, lengths: Tensor) -> dict[str, Te
         up = up[up]
     position = length + depth
     # The first position of the path whose token stands elsewhere: from there on nothing is plain.
-    bent = torch.where(place == position, position + 1, position)
+    bent = torch.where(place == position, position + len(rows) + 1, position)
     for up in above:
-        bent = torch.minimum(bent, torch.where(bent[up] == position[up] + 1, bent, bent[up]))
+        bent = torch.minimum(bent, bent[up])
     found = {
         "slot": slot,
         "position": torch.where(there, position, -1),
         "place": place,
-        "plain": bent,
+        "plain": torch.minimum(bent, position + 1),
         "above": torch.stack(above),
     }
     return {name: value.to(torch.int32) for name, value in found.items()}

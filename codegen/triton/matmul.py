@@ -28,6 +28,11 @@ class Tiling:
     steps: int
     parts: int
 
+    @property
+    def stages(self) -> int:
+        """One more than the steps that are under way at once: 48 KiB of shared memory, of which every GPU has 64."""
+        return 3 if self.outputs == 64 else 4
+
 
 def tiling(ranges: tuple[tuple[int, int], ...], depth: int, itemsize: int) -> Tiling:
     """The table: steps of 256 bytes, 128 where that divides the inner dim better; wider tiles for vocabularies."""
@@ -48,11 +53,14 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
     cut = tiling(kernel.ranges, kernel.depth, kernel.weight_dtype.itemsize)
     count, kind = len(kernel.weights), TYPES[kernel.weight_dtype]
     tiles = [-(-(end - start) // cut.outputs) for start, end in kernel.ranges]
+    firsts = [
+        f"(tile - {sum(tiles[:at])}) * {cut.outputs} + {start}" for at, (start, _) in enumerate(kernel.ranges)
+    ]
     lines = [
         "row, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)",
         f"row = row * {ROWS} + tl.arange(0, {ROWS})",
         "weight = " + pick([f"w{piece}" for piece in range(count)], tiles),
-        "first = " + pick([f"(tile - {sum(tiles[:at])}) * {cut.outputs} + {kernel.ranges[at][0]}" for at in range(count)], tiles),
+        "first = " + pick(firsts, tiles),
         "last = " + pick([f"tile * 0 + {end}" for _, end in kernel.ranges], tiles),
         "shift = " + pick([f"tile * 0 + {shift}" for shift in shifts(kernel)], tiles),
         f"output = first + tl.arange(0, {cut.outputs})",
@@ -70,7 +78,7 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
         lines.append(f"place = row.to(tl.int64)[:, None] * {wide} + part * {out.width} + (output + shift)[None, :]")
         lines.append("tl.store(scratch + place, sums, real)")
         given += [("scratch", "*fp32", "scratch"), ("rows", "i32", f"rows {out.rows}")]
-        product = printed("matmul", given, lines, grid, scratch=wide)
+        product = printed("matmul", given, lines, grid, scratch=wide, stages=cut.stages)
         return product, print_sum(kernel, cut, biases)
     if biases:
         lines.append("bias = " + pick([name for name, _, _ in biases], tiles))
@@ -78,7 +86,7 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
     value = "sums" if TYPES[out.dtype] == "fp32" else narrowed("sums", out.dtype)
     lines.append(f"tl.store(a1 + {place}, {value}, real)")
     given += [*biases, ("a1", f"*{TYPES[out.dtype]}", out.name), ("rows", "i32", f"rows {out.rows}")]
-    return (printed("matmul", given, lines, grid),)
+    return (printed("matmul", given, lines, grid, stages=cut.stages),)
 
 
 def print_sum(kernel: MatmulKernel, cut: Tiling, biases: list[tuple[str, str, str]]) -> Printed:
@@ -134,7 +142,7 @@ def print_gather(kernel: GatherKernel) -> Printed:
 
 
 def printed(
-    kind: str, given: list[tuple[str, str, str]], lines: list[str], grid: Grid, *, scratch: int = 0
+    kind: str, given: list[tuple[str, str, str]], lines: list[str], grid: Grid, *, scratch: int = 0, stages: int = 2
 ) -> Printed:
     """A kernel from its parameters' names, types and arguments."""
     return Printed(
@@ -144,5 +152,5 @@ def printed(
         tuple(argument for _, _, argument in given),
         grid,
         scratch=scratch,
-        stages=3 if kind == "matmul" else 2,
+        stages=stages,
     )

@@ -60,6 +60,8 @@ class Printed:
     """Words of four bytes for each row that the kernel needs for itself."""
     warps: int = 4
     stages: int = 2
+    barrier: bool = False
+    """Whether its threads read what others of the same program have written to memory."""
     unaligned: tuple[str, ...] = ()
     """Parameters whose address is a multiple of 16 bytes in some calls only."""
 

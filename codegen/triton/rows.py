@@ -176,6 +176,7 @@ def print_rows(kernel: RowKernel) -> Printed:
         Grid(kernel.rows, 1, tiles),
         scratch=printer.places[-1],
         warps=8 if widest > BLOCK // 4 else 4,
+        barrier=any("tl.debug_barrier()" in line for line in printer.lines),
     )
 
 
@@ -230,6 +231,8 @@ class RowPrinter:
 
     def print_loop(self, loop: Loop) -> None:
         """One loop: one block, or block after block."""
+        if not math.prod(loop.sizes):
+            return  # an empty piece of a concatenation
         shape, before = shape_of(loop), self.depth
         (rows, columns), flat = shape.steps, shape.outer == 1
         spots = {spot_of(one.access, loop) for one in loop.body if isinstance(one, Load)}
@@ -241,9 +244,9 @@ class RowPrinter:
             self.block("j", shape.outer, rows)
         sums = {at: one for at, one in enumerate(loop.body) if isinstance(one, Reduce)}
         types = {at: computing(one.dtype) for at, one in enumerate(loop.body) if not isinstance(one, (Store, Reduce))}
-        several = bool(sums) and columns < shape.inner
+        several, size = bool(sums) and columns < shape.inner, [] if flat else [rows]
         totals = {
-            at: self.define(f"tl.full([{'' if flat else rows}], {literal(NEUTRAL[one.op])}, {NAMES[types[one.operand]]})")
+            at: self.define(f"tl.full({size}, {literal(NEUTRAL[one.op])}, {NAMES[types[one.operand]]})")
             for at, one in sums.items()
             if several
         }
@@ -288,10 +291,10 @@ class RowPrinter:
                     names[at] = self.define(rounded(names[operand], types[operand], dtype))
                 case Store(access, operand):
                     spot = spot_of(access, loop)
-                    value = rounded(names[operand], types[operand], computing(self.dtype(access.operand)))
-                    self.store(spot, value, shape)
+                    text = rounded(names[operand], types[operand], computing(self.dtype(access.operand)))
+                    self.store(spot, text, shape)
                     if spot in self.held:
-                        self.known[spot] = value if value == names[operand] else self.define(value)
+                        self.known[spot] = text if text == names[operand] else self.define(text)
         return names
 
     def load(self, access: Access, loop: Loop, shape: Shape) -> str:
@@ -357,5 +360,3 @@ class RowPrinter:
         else:
             self.store(spot, total, Shape(1, 1))
 
-
-__all__ = ["print_rows"]

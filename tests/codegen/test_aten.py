@@ -14,24 +14,13 @@ from torch import fx
 from graft.codegen.aten import AtenExecutable
 from graft.compiler.capture import capture
 from graft.compiler.errors import LoweringError
-from graft.compiler.passing import View
-from graft.compiler.program import DENSE, Function, Program
-from graft.passes.canonicalise import Canonicalise
-from graft.passes.kv_cache import KVCache
-from graft.passes.merge_linears import MergeLinears
+from graft.compiler.program import DENSE, Function
+from tests.codegen.compiled import function_of
 from tests.codegen.functions import SLOTS, Call, calls, random_states
 from tests.families import build
 
 # One for each way attention can differ: grouped heads, a window, softcap, sinks, key dim unlike value dim.
 FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"]
-
-
-def flat_function(name: str) -> Function:
-    captured = capture(build(name, dtype=torch.float64))
-    program = Program({"forward": Function("forward", captured.graph, captured.weights, DENSE)})
-    for one in (Canonicalise(), KVCache(), MergeLinears()):
-        one.run(View(program, one.pass_name()))
-    return program["forward"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    function = flat_function(request.param)
+    function = function_of(request.param, torch.float64)
     return Pair(function, function.module(), AtenExecutable(function))
 
 
@@ -71,6 +60,6 @@ def test_a_dense_function_is_refused() -> None:
 
 
 def test_its_source_writes_states_in_place_and_returns_none() -> None:
-    source = AtenExecutable(flat_function("llama")).source
+    source = AtenExecutable(function_of("llama")).source
     assert "graft.kv_append" not in source and "append(" in source
     assert source.rstrip().endswith("return (squeeze_dim, squeeze_dim_1)")

@@ -1,4 +1,4 @@
-"""Greedy text of every captured family: compile(model).generate against transformers' generate, in float64."""
+"""Every captured family as C++, in float64: its steps against ATen's, its greedy text against transformers'."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 import graft
+from graft.codegen.cpp.executable import CppExecutable
+from tests.codegen.compiled import LENGTHS as LENGTHS_OF_SLOTS
+from tests.codegen.compiled import TREES, assert_same_step
+from tests.codegen.functions import call_of
 from tests.families import CAPTURED, VOCABULARY, build
 
 NEW_TOKENS = 20
@@ -43,6 +47,8 @@ def test_greedy_text_is_transformers_with_drafts_in_a_ragged_batch(family: str) 
                 sample=[range(3, 9)],
             ),
         )
+    assert isinstance(fast.decoder.executable, CppExecutable)
+    assert_same_step(fast.decoder.executable, fast.program["forward"], call_of(TREES, LENGTHS_OF_SLOTS))
     texts = [reference(model, prompt, None) for prompt in prompts()]
     eos = texts[0][NEW_TOKENS // 2]
     width = max(LENGTHS)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 import graft
+from graft.compiled import CompiledModel
+from graft.compiler.host import plain_host, speculative_host
+from graft.compiling import assembled
 from tests.conftest import Prompt, RealModel
 
 pytestmark = pytest.mark.real
@@ -61,10 +66,23 @@ DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("drafters", DRAFTS.values(), ids=DRAFTS)
-def test_greedy_ids_are_transformers(smollm2: RealModel, expected: Expected, drafters: list[graft.Drafter]) -> None:
+@pytest.fixture(scope="module")
+def plain(smollm2: RealModel) -> CompiledModel:
+    return graft.compile(smollm2.model)
+
+
+def drafting(plain: CompiledModel, drafters: list[graft.Drafter]) -> CompiledModel:
+    """What compile() makes of a plan with these drafters, without compiling the same functions again."""
     plan = graft.Plan(draft=drafters, tree=graft.Tree(nodes=6), controller=graft.FixedBudget())
-    fast = graft.compile(smollm2.model, plan)
+    program = dataclasses.replace(plain.program, host=speculative_host() if drafters else plain_host())
+    return assembled(program, plan, plain.decoder, plain.generator.face)
+
+
+@pytest.mark.parametrize("drafters", DRAFTS.values(), ids=DRAFTS)
+def test_greedy_ids_are_transformers(
+    smollm2: RealModel, plain: CompiledModel, expected: Expected, drafters: list[graft.Drafter]
+) -> None:
+    fast = drafting(plain, drafters)
     ids, mask = expected.ids, expected.mask
     out = fast.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
     excused = []
@@ -86,6 +104,20 @@ def gap_where_they_part(smollm2: RealModel, prompt: list[int], found: list[int],
         logits = smollm2.model(torch.tensor([prompt + expected[:at]]), use_cache=False).logits[0, -1]
     best = logits.topk(2).values
     return float(best[0] - best[1])
+
+
+def test_speculation_in_bfloat16_gives_the_ids_of_plain_decoding(smollm2: RealModel, expected: Expected) -> None:
+    half = copy.deepcopy(smollm2.model).bfloat16()
+    plain = graft.compile(half, release=True)
+    ids, mask = expected.ids[:BATCH], expected.mask[:BATCH]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    rows = zip(ids[:, None], mask[:, None], strict=True)
+    alone = [plain.generate(row, attention_mask=seen, **options) for row, seen in rows]
+    fast = drafting(plain, [graft.Lookup(), graft.Recycle()])
+    together = fast.generate(ids, attention_mask=mask, **options)
+    for row, text in zip(together, alone, strict=True):
+        assert row[: text.shape[1]].tolist() == text[0].tolist()
+    assert fast.stats["tokens_per_step"] > 1.2
 
 
 def test_a_draft_model_changes_nothing(smollm2: RealModel, expected: Expected) -> None:

@@ -27,8 +27,10 @@ def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor
     """The code that runs a function on flat rows.
 
     "auto" is fused C++ for a function whose parameters are on the CPU, and ATen elsewhere, or where there is no C++
-    compiler, which is said in a LoweringWarning. "triton" has to be asked for by name: see docs/limits.md. Raises LoweringError for a function that is not on flat rows, and for
-    a backend that is unknown or cannot run the function here.
+    compiler, which is said in a LoweringWarning. "triton" has to be asked for by name: see docs/limits.md.
+
+    Raises LoweringError for a function that is not on flat rows, and for a backend that is unknown or cannot run the
+    function here.
 
     `panels` are what an executable's `replaced` gave: parameters in packed form, by name, that stand in the function's
     weights without storage. Where ATen runs the function they are unpacked into the weights.

@@ -6,6 +6,7 @@ compiler/token_rule.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -18,14 +19,15 @@ from graft.compiler.shapes import Values, attribute, derive, same_type
 from graft.compiler.token_rule import Sizes, mixes_tokens
 
 
-def check(program: Program, where: str = "") -> None:
+def check(program: Program, where: str = "", derived: Mapping[str, tuple[Values, Sizes]] | None = None) -> None:
     """Raise CheckError naming the rule, the function, the node and its module, if the program is not well formed.
 
-    `where` says at which point of the pipeline, e.g. "after skip-ffn".
+    `where` says at which point of the pipeline, e.g. "after skip-ffn". `derived` is what `derived_values` has just
+    given for each function, by name; else it is asked for here.
     """
     for function in program.functions.values():
         try:
-            check_function(function)
+            check_function(function, derived[function.name] if derived else None)
         except CheckError as error:
             place = ", ".join(str(part) for part in (where, f"function {function.name}", error.where) if part)
             raise CheckError(
@@ -33,14 +35,14 @@ def check(program: Program, where: str = "") -> None:
             ) from error
 
 
-def check_function(function: Function) -> None:
+def check_function(function: Function, derived: tuple[Values, Sizes] | None = None) -> None:
     """All rules, the cheap ones on structure first."""
     check_graph(function)
     check_signature(function)
     for node in function.graph.nodes:
         if node.op == "call_function":
             check_node(function, node)
-    values, sizes = derived_values(function)
+    values, sizes = derived or derived_values(function)
     for node in function.graph.nodes:
         if node.op == "call_function":
             check_value(node, values[node])

@@ -50,3 +50,7 @@ class StateError(GraftError):
 
 class GenerationError(GraftError):
     """generate() was asked for something impossible or unsupported, or the model returned no usable logits."""
+
+
+class SaveError(GraftError):
+    """A compiled model cannot be saved, or what was saved cannot be loaded: damaged, or made by something else."""

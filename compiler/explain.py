@@ -98,7 +98,7 @@ def explain_node(program: Program, name: str, function: str | None = None) -> Ex
     """
     if function is not None:
         program[function]
-    snapshots = [("now", program), *reversed(program.snapshots.items())]
+    snapshots = [("now", program), *reversed(list(program.snapshots.items()))]
     for _, snapshot in snapshots:
         for candidate in snapshot.functions.values():
             node = find_node(candidate, name) if function in (None, candidate.name) else None

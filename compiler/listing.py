@@ -18,7 +18,7 @@ from graft.compiler.layers import Layers, Run, Section, find_layers
 from graft.compiler.nodes import origin_of
 from graft.compiler.notation import Notation, bytes_text, count_text, relative
 from graft.compiler.program import Function, Program
-from graft.compiler.shapes import attribute
+from graft.compiler.shapes import attribute, storage_bytes
 
 WIDTH = 120
 INDENT = "    "
@@ -70,12 +70,11 @@ def header(function: Function, layers: Layers) -> list[str]:
     """What the function is, in two comment lines: its size, and the passes that left a mark on it."""
     calls = [node for node in function.graph.nodes if node.op == "call_function"]
     parameters = read_parameters(function)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parameters.values()}
     facts = [function.name, f"{len(calls)} nodes"]
     if layers.layers:
         kinds = len(set(layers.classes))
         facts.append(f"{len(layers.layers)} layers" + (f", {kinds} different" if kinds > 1 else ", all the same"))
-    facts.append(f"{len(parameters)} parameters, {bytes_text(sum(storages.values()))}")
+    facts.append(f"{len(parameters)} parameters, {bytes_text(storage_bytes(parameters.values()))}")
     facts += [f"{state.name}: {bytes_text(state.bytes_per_token)} per token" for state in function.states]
     passes = dict.fromkeys(name for node in calls for name in origin_of(node).passes)
     history = wrapped("# ", f"made or changed by: {', '.join(passes)}", "#   ") if passes else []

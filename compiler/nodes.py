@@ -70,6 +70,11 @@ def untyped_node(
     return node
 
 
+def stored_node(graph: fx.Graph, op: str, name: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
+    """A node as it was written to a file, without a fake value: the function is derived when it is whole."""
+    return graph.create_node(op, target, args, kwargs, name)
+
+
 def new_input(graph: fx.Graph, name: str) -> fx.Node:
     """A placeholder behind the last one, without a fake value: the signature gives it one."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graft.compiler.errors import GraftError
-from graft.compiler.shapes import Fakes, derive
+from graft.compiler.shapes import Fakes, derive, storage_bytes
 
 if TYPE_CHECKING:
     from graft.compiler.cost import Cost
@@ -143,6 +144,12 @@ class Function:
         """The input node of that name."""
         return next(node for node in self.graph.nodes if node.op == "placeholder" and node.name == name)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; those that were given up for packed ones do not count."""
+        held = (parameter.device for parameter in self.weights.parameters() if not parameter.is_meta)
+        return next(held, torch.device("cpu"))
+
     def module(self) -> fx.GraphModule:
         """A module that runs the function with the operators' reference meaning. It owns a copy of the graph: a module
         checks its own graph's parameters against itself, which would refuse those that later passes add."""
@@ -150,9 +157,9 @@ class Function:
 
     def fake_inputs(self) -> tuple[dict[str, Any], Fakes]:
         """A fake value for each input and state by name, and what they were made with."""
-        fakes, device = Fakes(), next(self.weights.parameters()).device
+        fakes = Fakes(self.device)
         specs = (*self.inputs, *(state.input for state in self.states))
-        return {spec.name: fakes.tensor(spec.sizes, spec.dtype, device) for spec in specs}, fakes
+        return {spec.name: fakes.tensor(spec.sizes, spec.dtype) for spec in specs}, fakes
 
     def derive(self) -> None:
         """Derive every node's fake value afresh from the signature."""
@@ -210,7 +217,7 @@ class Program:
     host: Any = None
     """A compiler.host.Host: the control flow between the functions."""
     records: list[PassRecord] = field(default_factory=list)
-    snapshots: dict[str, Program] = field(default_factory=dict)
+    snapshots: MutableMapping[str, Program] = field(default_factory=dict)
     """Pass name -> the program after it; a pass that ran twice has "name", "name#2", ..."""
 
     def __getitem__(self, name: str) -> Function:
@@ -238,8 +245,7 @@ class Program:
     @property
     def parameter_bytes(self) -> int:
         """Bytes of distinct storage behind `parameters()`."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.parameters().values()}
-        return sum(storages.values())
+        return storage_bytes(self.parameters().values())
 
     @property
     def node_count(self) -> int:

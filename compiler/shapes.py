@@ -5,6 +5,7 @@ Each function has a signature; the sizes of its inputs are symbols, so that a sh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ capacity."""
 class Fakes:
     """Fake inputs with named symbolic sizes, all in one FakeTensorMode."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.symbols: dict[str, torch.SymInt] = {}
         self.static: dict[int, Tensor] = {}
@@ -39,14 +41,19 @@ class Fakes:
             self.symbols[name] = example.shape[0]
         return self.symbols[name]
 
-    def tensor(self, sizes: tuple[int | str, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def tensor(self, sizes: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
         """A fake tensor whose sizes are numbers or names of symbols."""
         shape = [self.size(size) if isinstance(size, str) else size for size in sizes]
         with self.mode:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
     def parameter(self, tensor: Tensor) -> Tensor:
-        """The fake twin of a parameter or buffer, all sizes static."""
+        """The fake twin of a parameter or buffer, all sizes static; one without storage counts as on the device."""
+        if tensor.is_meta and id(tensor) not in self.static:
+            with self.mode:
+                self.static[id(tensor)] = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
+                )
         if id(tensor) not in self.static:
             self.static[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
         return self.static[id(tensor)]
@@ -139,6 +146,13 @@ def attribute(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind the tensors; one that was given up counts with what it was."""
+    # The address of the storage itself: that of its data is 0 for all that have none.
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def same_type(left: Any, right: Any) -> bool:

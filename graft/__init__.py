@@ -16,6 +16,7 @@ from graft.compiler.errors import (
     LoweringError,
     PassError,
     PlanError,
+    SaveError,
     StateError,
 )
 from graft.compiler.nodes import Value, new_node
@@ -23,6 +24,7 @@ from graft.compiler.passing import Pass, View, approximate, exact, lossless
 from graft.compiler.pipeline import PassWarning
 from graft.compiler.plan import Plan, Tree
 from graft.compiling import compile
+from graft.loading import load
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
 from graft.passes.dead_code import DeadCode
@@ -68,6 +70,7 @@ __all__ = [
     "PlanError",
     "Recycle",
     "SampleAndMatch",
+    "SaveError",
     "StateError",
     "Tree",
     "TreePolicy",
@@ -78,6 +81,7 @@ __all__ = [
     "approximate",
     "compile",
     "exact",
+    "load",
     "lossless",
     "new_node",
 ]

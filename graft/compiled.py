@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.compiler.passing import spec_name
@@ -56,6 +57,17 @@ class CompiledModel:
             invariant=executable.invariant,
             memory=memory,
         )
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything that generate() needs to a folder, packed weights included, for `graft.load`: JSON and
+        safetensors. The folder appears whole or not at all; one that was saved before is replaced.
+
+        Raises SaveError where the folder holds anything else, and for a program that cannot be written down; PlanError
+        for a plan that holds an object of this process, such as the compiled model of `DraftModel`.
+        """
+        from graft.saving import save
+
+        save(self, folder)
 
     def __repr__(self) -> str:
         drafters = ", ".join(spec_name(type(drafter).__name__) for drafter in self.plan.draft)

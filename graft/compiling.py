@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from graft.codegen.lowering import lower
@@ -27,6 +27,7 @@ from graft.runtime.settings import ModelFace
 from graft.runtime.tree_policies import BestFirst
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 Progress = Callable[[str], None]
@@ -44,8 +45,9 @@ def compile(
     """Compile a causal language model of transformers for decoding.
 
     `model` is in eval mode, in any floating dtype, on any device, and is left as it was. Without a plan, plain
-    decoding. `backend` is "cpp" (fused C++, on the CPU), "aten", or "auto", the fastest that there is here. C++ reads
-    packed copies of the weights; with `release` the model's own are given up, and the model can no longer run.
+    decoding. `backend` is "cpp" (fused C++, on the CPU), "triton" (GPU), "aten", or "auto": C++ on the CPU where there
+    is a compiler, else ATen. C++ reads packed copies of the weights; with `release` the model's own are given up, and
+    the model can no longer run.
 
     Raises PlanError before anything runs if the plan's parts do not go together, CaptureError if the model cannot be
     captured, PassError or CheckError if a pass fails, LoweringError if the backend cannot run it.
@@ -65,7 +67,18 @@ def compile(
     program.host = speculative_host() if plan.draft else plain_host()
     run_passes(program, pipeline(plan), sample=plan.sample, progress=lambda name, *_: say(f"running pass {name}"))
     say("lowering")
-    decoder = decoder_of(program["forward"], model, backend)
+    config, vocabulary = model.config.get_text_config(), int(model.get_output_embeddings().weight.shape[0])
+    positions = getattr(config, "max_position_embeddings", None)
+    decoder = decoder_of(program["forward"], vocabulary, positions, backend)
+    compiled = assembled(program, plan, decoder, face)
+    if release:
+        # Last of all: nothing may fail behind this.
+        compiled.released_bytes = decoder.executable.release([model, captured.weights])
+    return compiled
+
+
+def assembled(program: Program, plan: Plan, decoder: Decoder, face: ModelFace) -> CompiledModel:
+    """The parts of a compiled model put together, the plan's defaults filled in."""
     drafter, policy = merged(plan), plan.tree.policy or BestFirst()
     if drafter is not None:
         drafter.open(decoder, policy)  # a drafter that does not fit this model says so now, not when text is wanted
@@ -79,11 +92,7 @@ def compile(
         verifier=plan.verifier,
         nodes=plan.tree.nodes + 1,
     )
-    compiled = CompiledModel(program, plan, generator)
-    if release:
-        # Last of all: nothing may fail behind this.
-        compiled.released_bytes = decoder.executable.release([model, captured.weights])
-    return compiled
+    return CompiledModel(program, plan, generator)
 
 
 def pipeline(plan: Plan) -> list[Pass]:
@@ -104,10 +113,13 @@ def merged(plan: Plan) -> Merge | None:
     return Merge(plan.draft) if plan.draft else None
 
 
-def decoder_of(function: Function, model: PreTrainedModel, backend: str) -> Decoder:
-    """The lowered function with a KV store."""
-    function.lowered = executable = lower(function, backend)
-    config = model.config.get_text_config()
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    positions = getattr(config, "max_position_embeddings", None)
+def decoder_of(
+    function: Function,
+    vocabulary: int,
+    positions: int | None,
+    backend: str,
+    panels: Mapping[str, Tensor] | None = None,
+) -> Decoder:
+    """The lowered function with a KV store; `panels` as in codegen.lowering.lower."""
+    function.lowered = executable = lower(function, backend, panels)
     return Decoder(function, executable, vocabulary, positions)

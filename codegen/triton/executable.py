@@ -63,7 +63,7 @@ class TritonExecutable:
         """Raises LoweringError where the function's parameters are on a device that Triton does not run on, or are of a
         dtype without kernels."""
         self.function = function
-        self.device = next(function.weights.parameters()).device
+        self.device = function.device
         check_device(self.device)
         with torch.no_grad():
             self.cut: Kernels = cut(function)

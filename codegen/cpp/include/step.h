@@ -66,10 +66,9 @@ struct Share {
 // How far a kernel has got.
 struct Progress { Shared taken, done; };
 
-// Threads take parts of a kernel as they come, and go on to the next when all parts are done. There are more parts than
-// threads, so that one that is slower for a while does less.
+// Threads take parts of a kernel as they come, and go on to the next when all parts are done.
 inline void run(Team& team, const Call& call, const Kernel* kernels) {
-    const Step step(call, kernels, team.size == 1 ? 1 : 2 * team.size);
+    const Step step(call, kernels, team.size);
     const int64_t count = step.call.last - step.call.first;
     Progress* const progress = new Progress[count];
     double* const seconds = step.call.seconds;

@@ -23,6 +23,12 @@ class LoweringWarning(UserWarning):
     """A function runs slower than it could, for a reason that can be mended."""
 
 
+def check_backend(backend: str) -> None:
+    """Raise LoweringError for a name that is not one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise LoweringError("there is no such backend", expected=", ".join(BACKENDS), found=backend)
+
+
 def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor] | None = None) -> Executable:
     """The code that runs a function on flat rows.
 
@@ -35,8 +41,7 @@ def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor
     `panels` are what an executable's `replaced` gave: parameters in packed form, by name, that stand in the function's
     weights without storage. Where ATen runs the function they are unpacked into the weights.
     """
-    if backend not in BACKENDS:
-        raise LoweringError("there is no such backend", expected=", ".join(BACKENDS), found=backend)
+    check_backend(backend)
     device = function.device
     if backend == "cpp" and device.type != "cpu":
         raise LoweringError("C++ runs on the CPU", found=f"parameters on {device}", remedy='model.to("cpu")')

@@ -279,7 +279,7 @@ def through_aten(state: Cut, node: fx.Node) -> None:
     outside = [x for x in known if state.owner.get(x) != (index, "group")]
     if not (last and last.reason and last.rows == rows and all(state.stage[x] < index for x in outside)):
         name = getattr(node.target, "__name__", str(node.target))
-        state.groups.append(Group([], rows, f"no rule for {name} on {state.forms.get(node, 'these sizes')}"))
+        state.groups.append(Group([], rows, f"no rule for {name}"))
         index += 1
     state.groups[-1].nodes.append(node)
     state.stage[node] = index

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from graft.codegen.lowering import lower
+from graft.codegen.lowering import LoweringWarning, check_backend, lower
 from graft.compiled import CompiledModel
 from graft.compiler.capture import capture, check_model
 from graft.compiler.errors import PlanError
@@ -58,6 +59,7 @@ def compile(
             "compile() takes a Plan", found=type(plan).__name__, remedy="Plan.from_spec and Plan.from_toml read text"
         )
     plan.check()
+    check_backend(backend)
     check_model(model)
     face = ModelFace.of(model)
     say = progress or (lambda _: None)
@@ -74,6 +76,9 @@ def compile(
     if release:
         # Last of all: nothing may fail behind this.
         compiled.released_bytes = decoder.executable.release([model, captured.weights])
+        if not compiled.released_bytes:
+            problem = "nothing was released: the code that runs reads the model's own parameters"
+            warnings.warn(problem, LoweringWarning, stacklevel=2)
     return compiled
 
 

@@ -19,9 +19,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from graft.codegen.cpp.memory import pack
-from graft.codegen.lowering import BACKENDS
+from graft.codegen.lowering import check_backend
 from graft.compiled import CompiledModel
-from graft.compiler.errors import LoweringError, PlanError, SaveError
+from graft.compiler.errors import PlanError, SaveError
 from graft.compiler.plan import Plan
 from graft.compiler.serial import history_from, program_from
 from graft.compiler.serial_graph import take
@@ -71,8 +71,7 @@ def load(
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     check_versions(manifest, folder)
-    if backend not in BACKENDS:
-        raise LoweringError("there is no such backend", expected=", ".join(BACKENDS), found=backend)
+    check_backend(backend)
     config = config_from(take(manifest, "config", dict, MANIFEST))
     if model is not None:
         check_config(manifest["config"], model, folder)

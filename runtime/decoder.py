@@ -12,7 +12,7 @@ from graft.codegen.executable import Executable
 from graft.compiler.errors import StateError
 from graft.compiler.ops import NO_PARENT
 from graft.compiler.program import Function
-from graft.runtime.kv_store import KVStore
+from graft.runtime.kv_store import KVOverlay, KVStore
 
 
 @dataclass
@@ -57,11 +57,19 @@ class Decoder:
     call comes after one of the two.
     """
 
-    def __init__(self, function: Function, executable: Executable, vocabulary: int, max_positions: int | None) -> None:
+    def __init__(
+        self,
+        function: Function,
+        executable: Executable,
+        vocabulary: int,
+        max_positions: int | None,
+        store: KVStore | KVOverlay | None = None,
+    ) -> None:
+        """`store` holds the function's states, perhaps among others; None for one of its own."""
         self.function, self.executable = function, executable
         self.vocabulary, self.max_positions = vocabulary, max_positions
         self.device = function.device
-        self.store = KVStore(function.states, self.device)
+        self.store = KVStore(function.states, self.device) if store is None else store
         self.shared: dict[str, object] = {}
         """State of drafters that outlives a generate() call (compiler.drafting.Target)."""
 
@@ -86,7 +94,7 @@ class Decoder:
             with torch.inference_mode():
                 columns = [rows.tokens, rows.positions, rows.slots, rows.parents, self.store.lengths, rows.wanted]
                 inputs = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
-                logits, _ = self.executable(*inputs, *self.store.tensors)
+                logits, _ = self.executable(*inputs, *self.store.select(self.function.states))
         except BaseException:
             for slot in set(rows.slots):
                 self.store.rollback(slot)
@@ -100,3 +108,7 @@ class Decoder:
     def rollback(self, slot: int) -> None:
         """Drop the slot's uncommitted rows."""
         self.store.rollback(slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget the slot's tokens behind the first `length`."""
+        self.store.truncate(slot, length)

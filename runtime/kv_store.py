@@ -3,6 +3,8 @@
 Rows are appended behind the committed tokens of their slot. Commit gathers the accepted rows to the front of the
 uncommitted ones, one operation per state whatever the number of layers, and only then do they count. Nothing but
 committed tokens may ever be scored, encoded or evicted.
+
+A draft function that shares the target's KV runs on a `KVOverlay`: the same tensors, lengths of its own.
 """
 
 from __future__ import annotations
@@ -75,31 +77,36 @@ class KVStore:
                     remedy="commit or roll back before the next call",
                 )
         need = max(self.lengths[slot] + count for slot, count in counts.items())
-        if need > self.capacity:
-            self.resize(len(self.lengths), max(2 * self.capacity, need))
+        self.reserve(need)
         for slot, count in counts.items():
             self.pending[slot] = count
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in each slot. Raises StateError if memory runs out; then nothing has changed."""
+        if tokens > self.capacity:
+            self.resize(len(self.lengths), max(2 * self.capacity, tokens))
+
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep the uncommitted rows at these places, in this order, behind the committed tokens; drop the others."""
-        length, count = self.lengths[slot], self.pending[slot]
-        outside = any(not 0 <= place < count for place in path)
-        if outside or any(second <= first for first, second in pairwise(path)):
-            raise StateError(
-                "a commit names rows that were not appended in that order",
-                expected=f"rising places below {count}",
-                found=list(path),
-                where=f"slot {slot}",
-            )
-        stay = next((index for index, place in enumerate(path) if place != index), len(path))
-        if stay < len(path):
-            for tensor in self.tensors:
-                gather(tensor[:, slot, :, length:], path[stay:], stay)
-        self.lengths[slot], self.pending[slot] = length + len(path), 0
+        gather_path(self.tensors, slot, self.lengths[slot], self.pending[slot], path)
+        self.lengths[slot], self.pending[slot] = self.lengths[slot] + len(path), 0
 
     def rollback(self, slot: int) -> None:
         """Drop the slot's uncommitted rows."""
         self.pending[slot] = 0
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget the slot's committed tokens behind the first `length`, and its uncommitted rows.
+
+        Raises StateError where there are fewer.
+        """
+        check_length(slot, length, 0, self.lengths[slot])
+        self.lengths[slot], self.pending[slot] = length, 0
+
+    def select(self, states: Sequence[KVState]) -> list[Tensor]:
+        """The tensors of these states, by name, as they are at present."""
+        names = [state.name for state in self.states]
+        return [self.tensors[names.index(state.name)] for state in states]
 
     def resize(self, slots: int, capacity: int) -> None:
         """Reallocate, keeping what is stored; the old tensors stay in place if memory runs out."""
@@ -135,3 +142,115 @@ def gather(rows: Tensor, places: Sequence[int], start: int) -> None:
         values[:, :, start:end] = values[:, :, list(places)]
     else:
         rows[:, :, start:end] = rows.index_select(2, torch.tensor(places, device=rows.device))
+
+
+class KVOverlay:
+    """The slots of a store under lengths of its own, for a draft function that reads and writes the same tensors.
+
+    A slot holds the store's committed tokens and, behind them, what was committed here since. Those rows lie where the
+    store's next uncommitted rows will, so the target overwrites them when it verifies, and they count for the draft
+    alone; `truncate` forgets them. The store must neither have uncommitted rows of a slot that is used here, nor commit
+    while rows are kept here: whoever drafts truncates first.
+    """
+
+    def __init__(self, store: KVStore, states: Sequence[KVState]) -> None:
+        """`states` are those the draft function has, each one of the store's.
+
+        Raises StateError for a state that the store does not hold in that layout.
+        """
+        held = {state.name: state for state in store.states}
+        for state in states:
+            if held.get(state.name) != state:
+                raise StateError(
+                    "a draft function shares a KV state that the target does not have in that layout",
+                    expected=held.get(state.name) or f"one of {', '.join(held) or 'no states'}",
+                    found=state,
+                    remedy="a pass aimed at a draft that shares the target's KV must keep its layout",
+                )
+        self.store, self.states, self.device = store, tuple(states), store.device
+        self.grown: dict[int, int] = {}
+        """Slot -> rows kept behind the store's committed tokens."""
+        self.pending: dict[int, int] = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that count for the draft function, by slot."""
+        return [length + self.grown.get(slot, 0) for slot, length in enumerate(self.store.lengths)]
+
+    @property
+    def nbytes(self) -> int:
+        """It holds no bytes of its own."""
+        return 0
+
+    def open(self) -> int:
+        """Slots are the store's."""
+        raise StateError("an overlay opens no slots", remedy="use the slots of the store below")
+
+    def close(self, slot: int) -> None:
+        """Forget what was kept of the slot, which stays the store's."""
+        self.grown.pop(slot, None)
+        self.pending.pop(slot, None)
+
+    def append(self, slots: Sequence[int]) -> None:
+        """As `KVStore.append`; the store must have no uncommitted rows of the slots either."""
+        counts = Counter(slots)
+        for slot in counts:
+            if self.pending.get(slot) or self.store.pending[slot]:
+                raise StateError(
+                    "the slot has uncommitted rows",
+                    where=f"slot {slot} of {'the overlay' if self.pending.get(slot) else 'the store below'}",
+                    remedy="commit or roll back before the next call",
+                )
+        self.store.reserve(max(self.length(slot) + count for slot, count in counts.items()))
+        self.pending.update(counts)
+
+    def length(self, slot: int) -> int:
+        """Tokens of the slot that count for the draft function."""
+        return self.store.lengths[slot] + self.grown.get(slot, 0)
+
+    def commit(self, slot: int, path: Sequence[int]) -> None:
+        """As `KVStore.commit`, here alone."""
+        gather_path(self.select(self.states), slot, self.length(slot), self.pending.get(slot, 0), path)
+        self.grown[slot] = self.grown.get(slot, 0) + len(path)
+        self.pending.pop(slot, None)
+
+    def rollback(self, slot: int) -> None:
+        """Drop the slot's uncommitted rows."""
+        self.pending.pop(slot, None)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """As `KVStore.truncate`; the store's own tokens stay."""
+        check_length(slot, length, self.store.lengths[slot], self.length(slot))
+        self.grown[slot] = length - self.store.lengths[slot]
+        self.pending.pop(slot, None)
+
+    def select(self, states: Sequence[KVState]) -> list[Tensor]:
+        """See `KVStore.select`."""
+        return self.store.select(states)
+
+
+def gather_path(tensors: Sequence[Tensor], slot: int, length: int, count: int, path: Sequence[int]) -> None:
+    """Move the rows at these places of the `count` behind `length` to the front of them, in order."""
+    outside = any(not 0 <= place < count for place in path)
+    if outside or any(second <= first for first, second in pairwise(path)):
+        raise StateError(
+            "a commit names rows that were not appended in that order",
+            expected=f"rising places below {count}",
+            found=list(path),
+            where=f"slot {slot}",
+        )
+    stay = next((index for index, place in enumerate(path) if place != index), len(path))
+    if stay < len(path):
+        for tensor in tensors:
+            gather(tensor[:, slot, :, length:], path[stay:], stay)
+
+
+def check_length(slot: int, length: int, least: int, most: int) -> None:
+    """Raise StateError unless the slot can be cut to `length` tokens."""
+    if not least <= length <= most:
+        raise StateError(
+            "the slot cannot be cut to that length",
+            expected=f"{least} to {most} tokens",
+            found=length,
+            where=f"slot {slot}",
+        )

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from graft.compiler.errors import StateError
 from graft.compiler.program import KVState
-from graft.runtime.kv_store import FIRST_CAPACITY, KVStore
+from graft.runtime.kv_store import FIRST_CAPACITY, KVOverlay, KVStore
 
 STATES = (KVState("kv_0", 2, 1, 2, 2, torch.float32), KVState("kv_1", 1, 3, 4, 1, torch.float32))
 
@@ -79,6 +79,86 @@ class Store(RuleBasedStateMachine):
 
 TestStore = Store.TestCase
 TestStore.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+class Overlaid(Store):
+    """The same with a draft that keeps rows behind the committed ones, on one of the states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.overlay = KVOverlay(self.store, STATES[1:])
+        self.kept: dict[int, list[int]] = {}
+
+    @precondition(lambda self: any(not rows for rows in self.pending.values()))
+    @rule(data=st.data(), count=st.integers(1, 150), keep=st.booleans())
+    def grow_a_chain(self, data: Any, count: int, keep: bool) -> None:
+        slot = data.draw(st.sampled_from(sorted(s for s, rows in self.pending.items() if not rows)))
+        self.overlay.append([slot] * count)
+        values = list(range(self.next_value, self.next_value + count))
+        start = self.overlay.lengths[slot]
+        for row, value in enumerate(values):
+            for tensor in self.overlay.select(STATES[1:]):
+                tensor[:, slot, :, start + row] = value
+        self.next_value += count
+        path = sorted(data.draw(st.sets(st.sampled_from(range(count)), max_size=6))) if keep else []
+        self.overlay.commit(slot, path) if keep else self.overlay.rollback(slot)
+        self.kept.setdefault(slot, []).extend(values[place] for place in path)
+
+    @precondition(lambda self: any(self.kept.get(slot) for slot in self.committed))
+    @rule(data=st.data())
+    def cut_it_back(self, data: Any) -> None:
+        slot = data.draw(st.sampled_from(sorted(slot for slot in self.committed if self.kept.get(slot))))
+        left = data.draw(st.integers(0, len(self.kept[slot])))
+        self.overlay.truncate(slot, self.store.lengths[slot] + left)
+        del self.kept[slot][left:]
+
+    @rule(data=st.data(), count=st.integers(1, 150))
+    @precondition(lambda self: any(not rows for rows in self.pending.values()))
+    def append_rows(self, data: Any, count: int) -> None:
+        for slot in self.committed:
+            self.forget(slot)
+        super().append_rows(data, count)
+
+    @precondition(lambda self: self.committed)
+    @rule(data=st.data())
+    def close_a_slot(self, data: Any) -> None:
+        for slot in self.committed:
+            self.forget(slot)
+        super().close_a_slot(data)
+
+    def forget(self, slot: int) -> None:
+        self.overlay.close(slot)
+        self.kept.pop(slot, None)
+
+    @invariant()
+    def it_shows_the_kept_rows_behind_the_committed_ones(self) -> None:
+        for slot, values in self.committed.items():
+            shown = [*values, *self.kept.get(slot, [])]
+            assert self.overlay.lengths[slot] == len(shown)
+            (tensor,) = self.overlay.select(STATES[1:])
+            found = tensor[:, slot, :, : len(shown)]
+            assert torch.equal(found, torch.tensor(shown)[None, None, :, None].float().expand_as(found))
+
+
+TestOverlaid = Overlaid.TestCase
+TestOverlaid.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+def test_an_overlay_refuses_other_layouts_and_rows_that_are_not_decided() -> None:
+    store = KVStore(STATES, torch.device("cpu"))
+    with pytest.raises(StateError, match="does not have in that layout"):
+        KVOverlay(store, [KVState("kv_1", 1, 3, 4, 2, torch.float32)])
+    overlay = KVOverlay(store, STATES)
+    slot = store.open()
+    store.append([slot])
+    with pytest.raises(StateError, match="slot 0 of the store below"):
+        overlay.append([slot])
+    store.commit(slot, [0])
+    overlay.append([slot])
+    with pytest.raises(StateError, match="slot 0 of the overlay"):
+        overlay.append([slot])
+    with pytest.raises(StateError, match="expected: 1 to 1 tokens"):
+        overlay.truncate(slot, 0)
 
 
 def test_appending_twice_without_a_decision_is_refused() -> None:

@@ -1,0 +1,161 @@
+"""Drafting by running a function: trees grown in lockstep, one call for a level of all of them.
+
+Shared by whatever drafts with a model of its own (`DraftModel`) and with a function of the target's program that
+shares the target's KV (`SelfDraft`). The rows of a chain count as committed while it grows, so each token is run once;
+where a tree branches, the nodes above a question are run again with it. In the end the cache is cut back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from torch import Tensor
+
+from graft.compiler.drafting import ROOT, Candidates, Context, DraftKind, DraftTree, Growth, TreePolicy
+from graft.compiler.ops import NO_PARENT
+from graft.runtime.decoder import Decoder, Rows
+from graft.runtime.request import SAMPLING, Sampling
+from graft.runtime.top_tokens import top_rows
+from graft.runtime.verifiers import draw
+
+
+@dataclass
+class Growing:
+    """One request's tree while it grows."""
+
+    context: Context
+    slot: int
+    root: Tensor
+    """Logits [1, vocabulary] after the last token of the text."""
+    tree: DraftTree
+    growth: Growth
+    asked: list[int] = field(default_factory=list)
+    done: bool = False
+    kept: list[int] = field(default_factory=list)
+    """The path of nodes from the first level down that the cache holds behind the text."""
+
+    def send(self, answers: list[Candidates] | None) -> None:
+        """Answer what was asked, None at the start, and note what is asked next."""
+        try:
+            self.asked = next(self.growth) if answers is None else self.growth.send(answers)
+        except StopIteration as grown:
+            self.tree, self.done, self.asked = grown.value, True, []
+
+    def keep_shared(self) -> bool:
+        """Drop from `kept` what is not above every asked node; whether anything was dropped."""
+        paths = [self.tree.path(node)[:-1] for node in self.asked]
+        shared = takewhile(lambda level: len(set(level)) == 1, zip(self.kept, *paths, strict=False))
+        before, self.kept = len(self.kept), [level[0] for level in shared]
+        return len(self.kept) < before
+
+    def add_rows(self, rows: Rows) -> int:
+        """The rows of one call: the asked nodes, which are wanted, and the nodes above them that are not kept."""
+        needed = sorted({above for node in self.asked for above in self.tree.path(node)}.difference(self.kept))
+        behind = self.kept[-1] if self.kept else ROOT
+        place = {node: len(rows) + index for index, node in enumerate(needed)} | {behind: NO_PARENT}
+        last = len(self.context.tokens) - 1
+        rows.wanted += [place[node] for node in self.asked]
+        rows.slots += [self.slot] * len(needed)
+        rows.tokens += [self.tree.tokens[node] for node in needed]
+        rows.positions += [last + len(self.tree.path(node)) for node in needed]
+        rows.parents += [place[self.tree.parents[node]] for node in needed]
+        return len(needed)
+
+
+class FunctionDrafting(ABC):
+    """What the `Drafting`s of drafters that run a function share; a subclass says where the texts' KV comes from."""
+
+    def __init__(self, decoder: Decoder, policy: TreePolicy, *, sample: bool, candidates: int) -> None:
+        """`sample`: draw one child from the processed distribution at each node, which the tree keeps as q; else a
+        node may have as many as `candidates` children, the best tokens."""
+        self.decoder, self.policy, self.sample, self.candidates = decoder, policy, sample, candidates
+        self.kind: DraftKind = "independent" if sample else "deterministic"
+
+    @abstractmethod
+    def slot(self, context: Context) -> int:
+        """Where the decoder keeps the request."""
+
+    @abstractmethod
+    def catch_up(self, contexts: Sequence[Context]) -> list[Tensor]:
+        """Run what the cache lacks of each text and commit it; logits [1, vocabulary] after the last token of each."""
+
+    @abstractmethod
+    def settle(self, context: Context) -> None:
+        """Cut the cache back to what outlives the proposal."""
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
+        """See `Drafting.propose`; a text that has outgrown the function's positions gets an empty tree."""
+        trees = [DraftTree(kind=self.kind) for _ in contexts]
+        limit = self.decoder.max_positions
+        # Neither the text nor a node may stand behind the last position; the last node of a chain is never run.
+        room = [
+            budget if limit is None else min(budget, limit - len(context.tokens) + 1)
+            for context, budget in zip(contexts, budgets, strict=True)
+        ]
+        chosen = [index for index, nodes in enumerate(room) if nodes > 0]
+        if not chosen:
+            return trees
+        roots = self.catch_up([contexts[index] for index in chosen])
+        growing = []
+        for index, root in zip(chosen, roots, strict=True):
+            context, tree = contexts[index], trees[index]
+            growth = self.policy.grow(tree, room[index], by_level=True)
+            growing.append(Growing(context, self.slot(context), root, tree, growth))
+        for one in growing:
+            one.send(None)
+        while any(not one.done for one in growing):
+            self.grow_level([one for one in growing if not one.done])
+        for index, one in zip(chosen, growing, strict=True):
+            self.settle(one.context)
+            trees[index] = one.tree
+        return trees
+
+    def grow_level(self, growing: Sequence[Growing]) -> None:
+        """Answer every tree's question: the root's from the logits at hand, the others' from one call for all."""
+        rows, counts = Rows(), {}
+        deeper = [one for one in growing if one.asked != [ROOT]]
+        for one in deeper:
+            if one.keep_shared():
+                self.decoder.truncate(one.slot, len(one.context.tokens) + len(one.kept))
+            counts[one.slot] = one.add_rows(rows)
+        logits = self.decoder.forward(rows) if deeper else None
+        for one in deeper:
+            if len(one.asked) == 1:
+                self.decoder.commit(one.slot, range(counts[one.slot]))
+                one.kept = one.tree.path(one.asked[0])
+            else:
+                self.decoder.rollback(one.slot)
+        place = 0
+        for one in growing:
+            if one.asked == [ROOT] or logits is None:
+                answer = one.root
+            else:
+                answer = logits[place : place + len(one.asked)]
+                place += len(one.asked)
+            one.send(self.drawn(one, answer) if self.sample else self.best(answer))
+
+    def best(self, logits: Tensor) -> list[Candidates]:
+        """The best tokens of each row, with their probabilities."""
+        count = min(self.candidates, logits.shape[1])
+        tokens = top_rows(logits, count)
+        # Probabilities of a few tokens need no softmax over the vocabulary.
+        shares = (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)).exp()
+        return [list(zip(row, share, strict=True)) for row, share in zip(tokens.tolist(), shares.tolist(), strict=True)]
+
+    def drawn(self, one: Growing, logits: Tensor) -> list[Candidates]:
+        """One sample at each asked node, from the processed distribution, which the tree keeps as q."""
+        sampling, tokens = one.context.data[SAMPLING], one.context.tokens
+        assert isinstance(sampling, Sampling)
+        answers: list[Candidates] = []
+        for row, node in enumerate(one.asked):
+            path = [one.tree.tokens[above] for above in one.tree.path(node)]
+            position = len(tokens) + len(path)
+            scores = sampling.scores(logits[row : row + 1], tokens, path)
+            q = sampling.distribution(scores, position)
+            one.tree.q[node] = q
+            token = draw(q, sampling.uniforms.uniform("draft", position))
+            answers.append([(token, float(q[token]))])
+        return answers

@@ -119,6 +119,8 @@ class Function:
     states: tuple[KVState, ...] = ()
     lowered: Lowered | None = field(default=None, repr=False)
     """The code that runs it, once there is some. A copy, which a pass may change, has none."""
+    fakes: Fakes | None = field(default=None, repr=False)
+    """What fake values were made with last; a copy goes on with them."""
 
     @property
     def flat(self) -> bool:
@@ -157,7 +159,9 @@ class Function:
 
     def fake_inputs(self) -> tuple[dict[str, Any], Fakes]:
         """A fake value for each input and state by name, and what they were made with."""
-        fakes = Fakes(self.device)
+        fakes = self.fakes
+        if fakes is None or not fakes.intact or fakes.device != self.device:
+            self.fakes = fakes = Fakes(self.device)
         specs = (*self.inputs, *(state.input for state in self.states))
         return {spec.name: fakes.tensor(spec.sizes, spec.dtype) for spec in specs}, fakes
 
@@ -168,7 +172,7 @@ class Function:
 
     def copy(self) -> Function:
         """The same function over a copied graph; parameters are shared."""
-        return Function(self.name, copy.deepcopy(self.graph), self.weights, self.inputs, self.states)
+        return Function(self.name, copy.deepcopy(self.graph), self.weights, self.inputs, self.states, fakes=self.fakes)
 
     def __str__(self) -> str:
         """The listing, identical layers folded; compiler.listing.list_function prints it in full."""

@@ -23,13 +23,20 @@ capacity."""
 
 
 class Fakes:
-    """Fake inputs with named symbolic sizes, all in one FakeTensorMode."""
+    """Fake inputs with named symbolic sizes, all in one FakeTensorMode, and what calls on them were found to give."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.symbols: dict[str, torch.SymInt] = {}
-        self.static: dict[int, Tensor] = {}
+        self.known: dict[Any, Any] = {}
+        """Call, by target and types of its operands -> its fake value."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether every size still is a symbol of its own: an operator may fix one, or take two for equal."""
+        sizes = [size.node.expr for size in self.symbols.values()]
+        return all(size.is_symbol for size in sizes) and len(set(sizes)) == len(sizes)
 
     def size(self, name: str) -> torch.SymInt:
         """The symbol of that name; the same one every time."""
@@ -49,14 +56,9 @@ class Fakes:
 
     def parameter(self, tensor: Tensor) -> Tensor:
         """The fake twin of a parameter or buffer, all sizes static; one without storage counts as on the device."""
-        if tensor.is_meta and id(tensor) not in self.static:
-            with self.mode:
-                self.static[id(tensor)] = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
-                )
-        if id(tensor) not in self.static:
-            self.static[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
-        return self.static[id(tensor)]
+        device = self.device if tensor.is_meta else tensor.device
+        with self.mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 Values = dict[fx.Node, Any]
@@ -68,11 +70,12 @@ def derive(
 ) -> Values:
     """Every node's fake value from the fake inputs, by placeholder name; meta["val"] is neither read nor written.
 
-    Equal calls on equal types are derived once, so that a model costs little more than one of its layers. Raises
-    CheckError for a call whose operands do not fit together, and if `strict` for one that fixes a dynamic size.
+    Equal calls on equal types are derived once with the same `fakes`, so that a model costs little more than one of its
+    layers, and what a pass leaves as it was nothing. Raises CheckError for a call whose operands do not fit together,
+    and if `strict` for one that fixes a dynamic size.
     """
     values: Values = {}
-    known: dict[Any, Any] = {}
+    known = fakes.known
     keys: dict[int, Any] = {}
     with fakes.mode, torch.no_grad():
         for node in graph.nodes:

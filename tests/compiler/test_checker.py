@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+from graft.compiler import shapes
 from graft.compiler.canonical import aten, graft
 from graft.compiler.capture import capture
 from graft.compiler.checker import check
@@ -16,6 +17,7 @@ from graft.compiler.errors import CheckError
 from graft.compiler.nodes import call_nodes, new_node
 from graft.compiler.passing import View
 from graft.compiler.program import DENSE, Function, Program
+from graft.compiler.shapes import derive_one
 from graft.passes.canonicalise import Canonicalise
 from tests.families import build
 from tests.programs import TIDY, program_of
@@ -141,6 +143,25 @@ def test_an_operator_that_fixes_a_dynamic_size_is_caught() -> None:
     insert(function, aten.polar.default, x, x)
     error = checked(function)
     assert (error.problem, error.expected) == ("an operator fixes a dynamic size", "a shape rule for every B and L")
+
+
+def test_a_dynamic_size_that_a_derivation_fixed_is_dynamic_in_the_next() -> None:
+    function = dense()
+    x = stream(function)
+    insert(function, aten.polar.default, x, x)
+    function.derive()
+    assert checked(function).problem == "an operator fixes a dynamic size"
+
+
+def test_what_a_copy_has_in_common_with_its_original_is_not_derived_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = dense()
+    function.derive()
+    copy = function.copy()
+    insert(copy, aten.sin.default, stream(copy))
+    derived: list[fx.Node] = []
+    monkeypatch.setattr(shapes, "derive_one", lambda node, values: derived.append(node) or derive_one(node, values))
+    copy.derive()
+    assert [node.target for node in derived] == [aten.sin.default]
 
 
 @pytest.mark.parametrize(

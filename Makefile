@@ -51,7 +51,7 @@ test: lint  ## ruff, mypy and all tests, the real model's included
 	echo "graft: running the tests"
 	# One worker for each core, one thread each: tiny models gain nothing from more, and threads of several processes
 	# that wait for each other lose much.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: installed-test  ## ruff and mypy
 	failed=0

@@ -37,9 +37,9 @@ def matmul_kernel(node: fx.Node, views: Views, arrays: Arrays) -> MatmulKernel:
     view = views[node.args[0]]
     if node.target is aten.linear.default:
         weights, biases = [node.args[1]], [node.args[2]] if len(node.args) > 2 and node.args[2] is not None else []
-        ranges = [(0, int(weights[0].meta["val"].shape[0]))]
+        ranges, starts = [(0, int(weights[0].meta["val"].shape[0]))], None
     else:
-        weights, biases, flat = node.args[1:]
+        weights, biases, flat, starts = (*node.args[1:], None)[:4]
         ranges = list(zip(flat[::2], flat[1::2], strict=True))
     return MatmulKernel(
         (arrays[view.base], arrays[node]),
@@ -48,9 +48,10 @@ def matmul_kernel(node: fx.Node, views: Views, arrays: Arrays) -> MatmulKernel:
         tuple(ranges),
         tuple(bias.target for bias in biases),
         view.offset,
-        view.dims[-1],
+        int(weights[0].meta["val"].shape[1]),
         tuple(int(weight.meta["val"].shape[0]) for weight in weights),
         weights[0].meta["val"].dtype,
+        tuple(starts or [0] * len(weights)),
     )
 
 

@@ -132,10 +132,12 @@ class MatmulKernel(Kernel):
     offset: int = 0
     """First element of an input row that counts."""
     depth: int = 0
-    """Elements of an input row that count: the products' inner dim."""
+    """Elements of an input: the products' inner dim."""
     sizes: tuple[int, ...] = ()
     """Rows of every parameter, whole."""
     weight_dtype: torch.dtype = torch.float32
+    starts: tuple[int, ...] = ()
+    """For every parameter the first element of its input behind `offset`."""
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def check_node(function: Function, node: fx.Node) -> None:
 
 
 def check_linear_rows(function: Function, node: fx.Node) -> None:
-    """One range of existing rows for each parameter, and a bias for each or for none."""
-    _, weights, biases, ranges = node.args
+    """One range of existing rows for each parameter, a bias for each or for none, and the place of its input."""
+    x, weights, biases, ranges, *rest = node.args
     if len(ranges) != 2 * len(weights) or len(biases) not in (0, len(weights)):
         raise CheckError(
             "linear_rows is given lists that do not fit together",
@@ -144,6 +144,16 @@ def check_linear_rows(function: Function, node: fx.Node) -> None:
                 found=f"{start} to {end} of {parameter.target}",
                 where=place_of(node),
             )
+    width, depths = x.meta["val"].shape[-1], [weight.meta["val"].shape[1] for weight in weights]
+    starts = rest[0] if rest and rest[0] is not None else [0] * len(weights)
+    outside = [start for start, depth in zip(starts, depths, strict=False) if not 0 <= start <= width - depth]
+    if len(starts) != len(weights) or outside or len(set(depths)) != 1:
+        raise CheckError(
+            "linear_rows names inputs that there are not",
+            expected=f"for each weight the start of {depths[0]} of {width} features",
+            found=f"starts {list(starts)} for weights of {depths} inputs",
+            where=place_of(node),
+        )
 
 
 def derived_values(function: Function) -> tuple[Values, Sizes]:

@@ -174,6 +174,8 @@ class CostModel:
         weights = self.bytes([operand for operand in node.all_input_nodes if operand.op == "get_attr"])
         if kind == "matmul" or node.target in PRODUCTS:
             inner = self.sizes(node.args[1] if node.target is aten.baddbmm.default else node.args[0])[-1]
+            if node.target is graft.linear_rows.default:
+                inner = self.sizes(node.args[1][0])[-1]
             bias = made if has_bias(node) else ZERO
             return Cost(products=2 * made * inner, elementwise=bias, weights=weights, activations=moved)
         work = made if kind != "reduction" else self.elements(node.args[0])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx
 from torch.fx.node import map_arg
@@ -140,6 +141,19 @@ class Value:
 
     def __repr__(self) -> str:
         return f"Value({self.node.name}: {self.dtype} {list(self.shape)})"
+
+
+def sort_nodes(graph: fx.Graph) -> None:
+    """Bring the nodes into topological order, each as near to its place as that allows; for passes that let a node
+    read what stands behind it."""
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    order = nx.DiGraph()
+    order.add_nodes_from(place)
+    order.add_edges_from((source, node) for node in place for source in node.all_input_nodes)
+    last = next(reversed(graph.nodes))
+    for node in list(nx.lexicographical_topological_sort(order, key=place.__getitem__)):
+        if node is not last:
+            last.prepend(node)
 
 
 def symbolic(value: Any) -> bool:

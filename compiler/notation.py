@@ -246,7 +246,8 @@ def write_cast(node: fx.Node, write: Callable[[Any], str]) -> str | None:
 
 def write_linear_rows(node: fx.Node, write: Callable[[Any], str]) -> str:
     """`linear_rows(x, [q.weight, k.weight[0:32]])`: ranges are shown where they are not the whole parameter."""
-    x, weights, biases, ranges = node.args
+    x, weights, biases, ranges, *rest = node.args
+    starts = [f"starts={list(rest[0])}"] if rest and rest[0] is not None else []
 
     def part(operand: fx.Node, index: int) -> str:
         start, end = ranges[2 * index : 2 * index + 2]
@@ -255,7 +256,7 @@ def write_linear_rows(node: fx.Node, write: Callable[[Any], str]) -> str:
         return write(operand) + ("" if whole else f"[{start}:{end}]")
 
     lists = [[part(operand, index) for index, operand in enumerate(operands)] for operands in (weights, biases)]
-    operands = [write(x), *("[" + ", ".join(parts) + "]" for parts in lists if parts)]
+    operands = [write(x), *("[" + ", ".join(parts) + "]" for parts in lists if parts), *starts]
     return f"linear_rows({', '.join(operands)})"
 
 

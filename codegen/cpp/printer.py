@@ -214,7 +214,8 @@ def matmul(kernel: MatmulKernel) -> Printed:
     count, column, lines = len(kernel.weights), 0, ["const Piece pieces[] = {"]
     for index, (start, end) in enumerate(kernel.ranges):
         bias = f"step.array<void>(argument[{2 + count + index}])" if kernel.biases else "nullptr"
-        lines.append(f"    {{step.array<void>(argument[{2 + index}]), {bias}, {start}, {end}, {column}}},")
+        place = f"{start}, {end}, {column}, {kernel.starts[index]}"
+        lines.append(f"    {{step.array<void>(argument[{2 + index}]), {bias}, {place}}},")
         column += end - start
     kind = TYPES[kernel.weight_dtype]
     lines += [

@@ -56,6 +56,8 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
     firsts = [
         f"(tile - {sum(tiles[:at])}) * {cut.outputs} + {start}" for at, (start, _) in enumerate(kernel.ranges)
     ]
+    inputs = [f"tile * 0 + {kernel.offset + start}" for start in kernel.starts]
+    source = f"a0 + {pick(inputs, tiles)}" if any(kernel.starts) else f"a0 + {kernel.offset}"
     lines = [
         "row, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)",
         f"row = row * {ROWS} + tl.arange(0, {ROWS})",
@@ -64,7 +66,7 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
         "last = " + pick([f"tile * 0 + {end}" for _, end in kernel.ranges], tiles),
         "shift = " + pick([f"tile * 0 + {shift}" for shift in shifts(kernel)], tiles),
         f"output = first + tl.arange(0, {cut.outputs})",
-        f"sums = multiply(a0 + {kernel.offset}, weight, row, rows, output, last, part, {x.width}, {kernel.depth}, "
+        f"sums = multiply({source}, weight, row, rows, output, last, part, {x.width}, {kernel.depth}, "
         f"{cut.step}, {cut.steps})",
         "real = (row < rows)[:, None] & (output < last)[None, :]",
     ]

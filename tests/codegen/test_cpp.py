@@ -17,10 +17,15 @@ from graft.codegen.kernel_ir import AtenKernel, MatmulKernel
 from graft.codegen.regions import cut
 from graft.compiler.capture import capture
 from graft.compiler.errors import LoweringError
+from graft.compiler.passing import View
 from graft.compiler.program import DENSE, Function
+from graft.passes.kv_cache import KVCache
+from graft.passes.layer_parallel import LayerParallel
+from graft.passes.merge_linears import MergeLinears
 from tests.codegen.compiled import LENGTHS, TREES, assert_same_step, compiled, function_of
 from tests.codegen.functions import Call, call_of, calls, random_states
 from tests.families import build
+from tests.programs import TIDY, program_of
 
 NARROW = {
     torch.bfloat16: ("llama", "gemma2", "gpt_oss", "deepseek_v3", "opt", "mixtral", "gpt_neox"),
@@ -46,6 +51,15 @@ def test_every_instruction_set_computes_the_same(isa: Isa, dtype: torch.dtype) -
 @given(call=calls(longest=80))
 def test_any_rows_are_those_of_aten(call: Call) -> None:
     assert_same_step(compiled("gemma2"), function_of("gemma2"), call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_over_inputs_side_by_side_are_those_of_aten(dtype: torch.dtype) -> None:
+    program = program_of("llama", TIDY, num_hidden_layers=4, dtype=dtype).copy()
+    for one in (LayerParallel(groups=((1, 2),), kind="layer"), KVCache(), MergeLinears()):
+        one.run(View(program, one.pass_name()))
+    function = program["forward"]
+    assert_same_step(CppExecutable(function), function, call_of(TREES, LENGTHS))
 
 
 def test_more_rows_than_ever_before_find_room() -> None:

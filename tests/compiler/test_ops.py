@@ -155,6 +155,12 @@ def test_linear_rows_is_the_linears_side_by_side(sizes: list[int], with_bias: bo
         product = x @ weights[index].T + (biases[index] if with_bias else 0)
         parts.append(product[..., start:end])
     torch.testing.assert_close(linear_rows(x, weights, biases, ranges), torch.cat(parts, -1))
+    others = [random(2, 3, 5, seed=20 + index) for index in range(len(sizes))]
+    wide = torch.cat(others, -1)
+    blocks = [linear_rows(other, [weight], [], pair)  # the inputs side by side, each read by one weight
+              for other, weight, pair in zip(others, weights, zip(starts, ends, strict=True), strict=True)]  # fmt: skip
+    firsts = [5 * index for index in range(len(sizes))]
+    torch.testing.assert_close(linear_rows(wide, weights, [], ranges, firsts), torch.cat(blocks, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -184,3 +190,4 @@ def test_every_operator_passes_opcheck(with_sinks: bool) -> None:
     weights = [random(3, 5), random(4, 5)]
     biases = [random(3), random(4)] if with_sinks else []
     torch.library.opcheck(ops.linear_rows.default, (random(2, 5), weights, biases, [0, 3, 1, 4]))
+    torch.library.opcheck(ops.linear_rows.default, (random(2, 10), weights, biases, [0, 3, 1, 4], [5, 0]))

@@ -14,11 +14,12 @@ constexpr int PANEL = 2 * LANES;
 template <class W> constexpr int64_t panel_size(int64_t depth) { return PANEL * depth; }
 template <> constexpr int64_t panel_size<bf16>(int64_t depth) { return PANEL * ((depth + 1) / 2 * 2); }
 
-// Rows of one parameter, [start, end), whose results begin at `column` of the output.
+// Rows of one parameter, [start, end), whose results begin at `column` of the output; its input begins at `input` of a
+// row of x.
 struct Piece {
     const void* panels;
     const void* bias;
-    int64_t start, end, column;
+    int64_t start, end, column, input;
     int64_t first_panel() const { return start / PANEL; }
     int64_t count() const { return (end + PANEL - 1) / PANEL - first_panel(); }
 };
@@ -140,7 +141,8 @@ void matmul(const Step& step, int part, int64_t rows, const W* x, int64_t stride
                 const int64_t first = rows * block / blocks, last = rows * (block + 1) / blocks;
                 const char* next = (const char*)(panel + panel_size<W>(depth));
                 const int64_t step = PANEL * sizeof(W) / blocks;
-                multiply_some<W, O>(last - first, panel, x + first * stride, stride, depth, bias ? bias + top : nullptr,
+                multiply_some<W, O>(last - first, panel, x + first * stride + piece.input, stride, depth,
+                                    bias ? bias + top : nullptr,
                                     out + first * out_stride + piece.column + top - piece.start, out_stride, low, high,
                                     Ahead{next + block * step * depth, step});
             }

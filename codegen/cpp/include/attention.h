@@ -48,6 +48,7 @@ template <class T> constexpr bool PAIRED = std::is_same_v<T, bf16>;
 template <class T, int KD> struct KeyTile {
     static constexpr int steps = PAIRED<T> ? (KD + 1) / 2 : KD;
     typedef std::conditional_t<PAIRED<T>, u32v, vec<computing<T>>> Lanes;
+    typedef std::conditional_t<PAIRED<T>, uint32_t, computing<T>> Factor;
     Lanes of[steps];
 
     void fill(const T* const (&keys)[TILE]) {
@@ -75,19 +76,22 @@ template <class T, int KD> struct KeyTile {
         }
     }
 
-    // Dot products of N queries with the sixteen keys.
-    template <int N> INLINE void dot(const T* const* queries, vec<computing<T>> (&sums)[N]) const {
+    // Dot products of N queries with the sixteen keys; `queries` are element (pair) after element of `count` queries.
+    template <int N> INLINE void dot(const Factor* queries, int64_t count, vec<computing<T>> (&sums)[N]) const {
         for (int i = 0; i < N; ++i) sums[i] = vec<computing<T>>{};
-        for (int d = 0; d < steps; ++d) {
+        for (int d = 0; d < steps; ++d)
             for (int i = 0; i < N; ++i) {
-                if constexpr (PAIRED<T>) {
-                    uint32_t factors = 0;
-                    memcpy(&factors, queries[i] + 2 * d, KD % 2 && d + 1 == steps ? 2 : 4);
-                    multiply_pair(sums[i], of[d], factors);
-                } else {
-                    sums[i] = fma(load_one(queries[i] + d), of[d], sums[i]);
-                }
+                if constexpr (PAIRED<T>) multiply_pair(sums[i], of[d], queries[d * count + i]);
+                else sums[i] = fma(splat(queries[d * count + i]), of[d], sums[i]);
             }
+    }
+
+    // Puts a query among `count` others for `dot`.
+    static void place(const T* query, Factor* to, int64_t count) {
+        for (int d = 0; d < steps; ++d) {
+            if constexpr (PAIRED<T>)
+                to[d * count] = query[2 * d].bits | (2 * d + 1 < KD ? uint32_t(query[2 * d + 1].bits) << 16 : 0);
+            else to[d * count] = widen(query[d]);
         }
     }
 };
@@ -95,11 +99,13 @@ template <class T, int KD> struct KeyTile {
 template <class C> struct Scoring { C scale, softcap; };
 
 // The running softmax of one query, and what it has gathered so far.
-template <class C, int VD> struct Query {
+template <class T, int VD> struct Query {
+    typedef computing<T> C;
     static constexpr int vectors = (VD + LANES - 1) / LANES;
     vec<C> gathered[vectors];
     C top, total;
     C scores[KEYS];
+    std::conditional_t<PAIRED<T>, bf16, C> weights[KEYS];
 
     void start(const C* sink) {
         for (auto& part : gathered) part = vec<C>{};
@@ -120,7 +126,9 @@ template <class C, int VD> struct Query {
         const C limit = more(fold<C>(more(more(s[0], s[1]), more(s[2], s[3])), more), top);
         for (int tile = 0; tile < TILES; ++tile) {
             s[tile] = op::exp(s[tile] - limit);
-            narrow(s[tile], scores + tile * TILE);
+            narrow(s[tile], weights + tile * TILE);
+            // They are added up as they are multiplied with, so that their shares still add up to one.
+            if constexpr (PAIRED<T>) s[tile] = widen(weights + tile * TILE);
         }
         const C sum = fold<C>((s[0] + s[1]) + (s[2] + s[3]), [](auto a, auto b) { return a + b; });
         if (limit != top) {
@@ -133,41 +141,59 @@ template <class C, int VD> struct Query {
     }
 };
 
-// Sixteen values as numbers that are computed with, padded to whole vectors.
-template <class T, int VD> struct ValueTile {
-    typedef computing<T> C;
-    static constexpr int vectors = Query<C, VD>::vectors;
-    vec<C> of[TILE][vectors];
+// The values of a block, padded to whole vectors: as numbers that are computed with, or in bfloat16 two and two side by
+// side.
+template <class T, int VD> struct Values {
+    typedef Query<T, VD> One;
+    static constexpr int vectors = One::vectors, steps = PAIRED<T> ? TILE / 2 : TILE;
+    typedef std::conditional_t<PAIRED<T>, u32v, vec<computing<T>>> Lanes;
+    Lanes of[TILES * steps][vectors];
 
-    void fill(const T* const (&keys)[TILE], int64_t key_dim, int low, int high) {
-        for (int key = low; key < high; ++key)
-            sweep<VD>([&](int64_t d, auto lanes) { of[key][d / LANES] = load(keys[key] + key_dim + d, lanes); });
+    void fill(const T* const (&keys)[TILE], int64_t key_dim, int tile) {
+        for (int step = 0; step < steps; ++step)
+            sweep<VD>([&](int64_t d, auto lanes) {
+                Lanes& to = of[tile * steps + step][d / LANES];
+                if constexpr (PAIRED<T>) {
+                    const T *even = keys[2 * step] + key_dim + d, *odd = keys[2 * step + 1] + key_dim + d;
+                    to = bits<u32v>(load(even, lanes)) >> 16 | bits<u32v>(load(odd, lanes));
+                } else {
+                    to = load(keys[step] + key_dim + d, lanes);
+                }
+            });
     }
 
-    // Adds weights[low..high) times the values to what N queries have gathered.
-    template <int N> INLINE void add(Query<C, VD>* queries, int at, int low, int high) const {
-        vec<C> sums[N][vectors];
-        for (int i = 0; i < N; ++i) memcpy(sums[i], queries[i].gathered, sizeof sums[i]);
-        for (int key = low; key < high; ++key)
+    // Adds weights times values of some tiles to what N queries have gathered; a key that is not seen weighs nothing.
+    template <int N> INLINE void add(One* queries, int first, int last) const {
+        vec<computing<T>> sums[N][vectors];
+        for (int i = 0; i < N; ++i)
+            for (int part = 0; part < vectors; ++part) sums[i][part] = queries[i].gathered[part];
+        for (int step = first * steps; step < last * steps; ++step)
             for (int i = 0; i < N; ++i) {
-                const vec<C> weight = splat(queries[i].scores[at * TILE + key]);
-                for (int part = 0; part < vectors; ++part) sums[i][part] = fma(weight, of[key][part], sums[i][part]);
+                if constexpr (PAIRED<T>) {
+                    uint32_t pair;
+                    memcpy(&pair, queries[i].weights + 2 * step, sizeof pair);
+                    for (int part = 0; part < vectors; ++part) multiply_pair(sums[i][part], of[step][part], pair);
+                } else {
+                    const auto weight = load_one(queries[i].weights + step);
+                    for (int part = 0; part < vectors; ++part) sums[i][part] = fma(weight, of[step][part], sums[i][part]);
+                }
             }
-        for (int i = 0; i < N; ++i) memcpy(queries[i].gathered, sums[i], sizeof sums[i]);
+        for (int i = 0; i < N; ++i)
+            for (int part = 0; part < vectors; ++part) queries[i].gathered[part] = sums[i][part];
     }
 };
 
 template <class T, class O, int KD, int VD> struct Attention {
     typedef computing<T> C;
-    static constexpr int together = most(1, REGISTERS / int(sizeof(C) / sizeof(float)) / Query<C, VD>::vectors * 2 / 3);
+    static constexpr int SUMMED = most(1, REGISTERS / int(sizeof(C) / sizeof(float)) / Query<T, VD>::vectors);
 
     const Step& step;
     const T* kv;  // of one slot and head
     int64_t group, first, count;  // queries per row; rows
     int64_t window;
     Scoring<C> scoring;
-    const T** vectors;
-    Query<C, VD>* queries;
+    typename KeyTile<T, KD>::Factor* factors;  // of the queries, for KeyTile::dot
+    Query<T, VD>* queries;
 
     int64_t start(int64_t row) const {
         return window ? most<int64_t>(0, step.position[row] + 1 - window) : 0;
@@ -175,6 +201,7 @@ template <class T, class O, int KD, int VD> struct Attention {
     int64_t place(int64_t row, int64_t position) const {
         return position < step.plain[row] ? position : step.path[step.path_start[row] + position - step.plain[row]];
     }
+    bool seen(int64_t row, int64_t from) const { return from <= step.position[row] && from + TILE > start(row); }
     bool plainly(int64_t row, int64_t from) const { return start(row) <= from && from + TILE <= step.plain[row]; }
 
     // The keys of a tile as a row sees them; those it does not see stand for one it does.
@@ -192,7 +219,7 @@ template <class T, class O, int KD, int VD> struct Attention {
 
     template <int N> void score_some(const KeyTile<T, KD>& tile, int at, int64_t query) {
         vec<C> sums[N];
-        tile.template dot<N>(&vectors[query], sums);
+        tile.template dot<N>(factors + query, count * group, sums);
         for (int i = 0; i < N; ++i) {
             vec<C> s = sums[i] * scoring.scale;
             if (scoring.softcap) s = op::tanh(s / scoring.softcap) * scoring.softcap;
@@ -201,15 +228,16 @@ template <class T, class O, int KD, int VD> struct Attention {
     }
 
     void score(const KeyTile<T, KD>& tile, int at, int64_t query, int64_t end) {
+        for (; query + 12 <= end; query += 12) score_some<12>(tile, at, query);
         for (; query + 8 <= end; query += 8) score_some<8>(tile, at, query);
         for (; query + 4 <= end; query += 4) score_some<4>(tile, at, query);
         for (; query + 3 <= end; query += 3) score_some<3>(tile, at, query);
         for (; query < end; ++query) score_some<1>(tile, at, query);
     }
 
-    template <int N> void add_some(const ValueTile<T, VD>& tile, int at, int low, int high, int64_t query, int64_t end) {
-        for (; query + N <= end; query += N) tile.template add<N>(queries + query, at, low, high);
-        if constexpr (N > 1) add_some<N - 1>(tile, at, low, high, query, end);
+    template <int N> void add_some(const Values<T, VD>& values, int first, int last, int64_t query, int64_t end) {
+        for (; query + N <= end; query += N) values.template add<N>(queries + query, first, last);
+        if constexpr (N > 1) add_some<N - 1>(values, first, last, query, end);
     }
 
     // Calls each(keys, first query, last query, row) for the rows that share a tile's keys, then for the others.
@@ -226,12 +254,11 @@ template <class T, class O, int KD, int VD> struct Attention {
 
     void block(int64_t from) {
         KeyTile<T, KD> tile;
-        ValueTile<T, VD> values;
+        Values<T, VD> values;
         for (int at = 0; at < TILES; ++at)
             over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool shared) {
-                const int64_t start_of_tile = from + at * TILE;
-                if (start_of_tile > step.position[row] || start_of_tile + TILE <= start(row)) return;
-                if (shared) expect(start_of_tile + KEYS);
+                if (!seen(row, from + at * TILE)) return;
+                if (shared) expect(from + at * TILE + KEYS);
                 tile.fill(keys);
                 score(tile, at, query, end);
             });
@@ -241,24 +268,27 @@ template <class T, class O, int KD, int VD> struct Attention {
             for (int64_t i = 0; i < group; ++i)
                 queries[row * group + i].weigh(int(most<int64_t>(low, 0)), int(least<int64_t>(high, KEYS)));
         }
+        bool together = true;  // whether all rows share all tiles: then a sum stays in registers from tile to tile
+        for (int64_t row = 0; row < count; ++row)
+            for (int at = 0; at < TILES; ++at) together &= plainly(first + row, from + at * TILE);
         for (int at = 0; at < TILES; ++at)
-            over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool shared) {
-                const int64_t start_of_tile = from + at * TILE;
-                const int64_t low = shared ? 0 : most<int64_t>(0, start(row) - start_of_tile);
-                const int64_t high = shared ? TILE : least<int64_t>(TILE, step.position[row] + 1 - start_of_tile);
-                if (low >= high) return;
-                values.fill(keys, KD, int(low), int(high));
-                add_some<together>(values, at, int(low), int(high), query, end);
+            over_tile(from + at * TILE, [&](auto& keys, int64_t query, int64_t end, int64_t row, bool) {
+                if (!seen(row, from + at * TILE)) return;
+                values.fill(keys, KD, at);
+                if (!together) add_some<SUMMED>(values, at, at + 1, query, end);
             });
+        if (together) add_some<SUMMED>(values, 0, TILES, 0, count * group);
     }
 
     void run(const T* q, Heads heads, const C* sinks, int64_t head, O* out, int64_t out_width) {
         int64_t begin = start(first), end = 0;
-        vectors = new const T*[count * group], queries = new Query<C, VD>[count * group];
+        factors = new typename KeyTile<T, KD>::Factor[count * group * KeyTile<T, KD>::steps];
+        queries = new Query<T, VD>[count * group];
         for (int64_t row = 0; row < count; ++row) {
             begin = least(begin, start(first + row)), end = most<int64_t>(end, step.position[first + row] + 1);
             for (int64_t i = 0; i < group; ++i) {
-                vectors[row * group + i] = q + (first + row) * heads.width + heads.offset + (head + i) * heads.stride;
+                const T* query = q + (first + row) * heads.width + heads.offset + (head + i) * heads.stride;
+                KeyTile<T, KD>::place(query, factors + row * group + i, count * group);
                 queries[row * group + i].start(sinks ? sinks + head + i : nullptr);
             }
         }
@@ -266,11 +296,11 @@ template <class T, class O, int KD, int VD> struct Attention {
         for (int64_t from = begin / KEYS * KEYS; from < end; from += KEYS) block(from);
         for (int64_t row = 0; row < count; ++row)
             for (int64_t i = 0; i < group; ++i) {
-                const Query<C, VD>& query = queries[row * group + i];
+                const Query<T, VD>& query = queries[row * group + i];
                 O* to = out + (first + row) * out_width + (head + i) * VD;
                 sweep<VD>([&](int64_t d, auto lanes) { store(to + d, query.gathered[d / LANES] / query.total, lanes); });
             }
-        delete[] vectors;
+        delete[] factors;
         delete[] queries;
     }
 };
@@ -280,14 +310,16 @@ void attend(const Step& step, int part, int64_t heads, int64_t kv_heads, const T
             const computing<T>* sinks, int64_t window, Scoring<computing<T>> scoring) {
     const Call& call = step.call;
     const int64_t group = heads / kv_heads;
-    const int64_t even = (call.rows + step.parts - 1) / step.parts;
-    const int64_t together = most<int64_t>(1, least(QUERIES / group, even));
+    // A thread takes whole heads, which prepares each tile once; the heads left over are cut by rows.
+    const int64_t whole = kv_heads / step.parts * step.parts, most_rows = most<int64_t>(1, QUERIES / group);
+    const int64_t even = most<int64_t>(1, least(most_rows, (call.rows + step.parts - 1) / step.parts));
     int64_t item = 0;
-    for (int64_t first = 0, end; first < call.rows; first = end) {
-        end = first + 1;
-        while (end < call.rows && call.sequences[end] == call.sequences[first] && end - first < together) ++end;
-        for (int64_t head = 0; head < kv_heads; ++head, ++item) {
-            if (item % step.parts != part) continue;
+    for (int64_t head = 0; head < kv_heads; ++head) {
+        for (int64_t first = 0, end; first < call.rows; first = end, ++item) {
+            end = first + 1;
+            const int64_t together = head < whole ? most_rows : even;
+            while (end < call.rows && call.sequences[end] == call.sequences[first] && end - first < together) ++end;
+            if ((head < whole ? head : item) % step.parts != part) continue;
             const T* stored = kv + (call.sequences[first] * kv_heads + head) * call.capacity * (KD + VD);
             Attention<T, O, KD, VD> attention{step, stored, group, first, end - first, window, scoring, nullptr, nullptr};
             attention.run(q, where, sinks, head * group, out, heads * VD);

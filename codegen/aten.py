@@ -157,6 +157,10 @@ class AtenExecutable:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return self.run(*inputs)
 
+    def top(self, logits: Tensor, count: int) -> Tensor | None:
+        """See codegen.executable.Executable."""
+        return None
+
     def release(self, modules: Sequence[nn.Module]) -> int:
         """Nothing: ATen reads the parameters as they are."""
         return 0

@@ -18,6 +18,10 @@ class Executable(Protocol):
         """The inputs of FLAT in that order, then the states. Returns logits [R, vocabulary] float32 (float64 for a
         float64 model) and hidden [N, width] in the model's dtype."""
 
+    def top(self, logits: Tensor, count: int) -> Tensor | None:
+        """int64 [rows, count]: the ids of the best of float32 [rows, vocabulary], best first, of equals the lowest id;
+        None where it has no code for them."""
+
     @property
     def invariant(self) -> bool:
         """Whether a row's result is the same, bit for bit, whatever other rows ride along."""

@@ -13,6 +13,7 @@ from graft.compiler.errors import StateError
 from graft.compiler.ops import NO_PARENT
 from graft.compiler.program import Function
 from graft.runtime.kv_store import KVOverlay, KVStore
+from graft.runtime.top_tokens import top_rows
 
 
 @dataclass
@@ -100,6 +101,11 @@ class Decoder:
                 self.store.rollback(slot)
             raise
         return logits
+
+    def top(self, logits: Tensor, count: int) -> Tensor:
+        """int64 [rows, count]: the ids of the best tokens of each row of logits, best first."""
+        found = self.executable.top(logits, count)
+        return top_rows(logits, count) if found is None else found
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep these of the slot's uncommitted rows, named by their place among them, in order; drop the others."""

@@ -22,7 +22,7 @@ from graft.runtime.request import SAMPLING, Request, Sampling, TargetRows
 from graft.runtime.settings import Settings
 from graft.runtime.stats import Stats
 from graft.runtime.step_times import StepTimes
-from graft.runtime.top_tokens import argmax_rows, top_rows
+from graft.runtime.top_tokens import argmax_rows
 
 PROMPT_ROWS = 512
 """Prompt tokens in one call at most, all requests together; bounds what activations and attention masks take."""
@@ -175,7 +175,7 @@ def verify(run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None) 
     best = None
     top: np.ndarray | None = None
     if run.observes:
-        top = top_rows(logits, run.observes).cpu().numpy()
+        top = run.decoder.top(logits, run.observes).cpu().numpy()
     logits = deciding_rows(run, logits).float()
     if run.plain:
         best = argmax_rows(logits)

@@ -29,6 +29,8 @@ from graft.compiler.shapes import attribute
 INPUTS = tuple(spec.name for spec in FLAT)
 PROFILED_STEPS = 6
 """Steps that are run for one measurement, the first of which does not count."""
+MOST_BEST = 64
+"""As in include/top.h."""
 FIRST_ROWS = 32
 """Rows that the arena has room for at first."""
 
@@ -197,6 +199,16 @@ class CppExecutable:
             self.lock, self.team = threading.Lock(), self.open_team()
         with self.lock:
             return self.run((*(one.contiguous() for one in inputs[: len(INPUTS)]), *inputs[len(INPUTS) :]))
+
+    def top(self, logits: Tensor, count: int) -> Tensor | None:
+        """See codegen.executable.Executable."""
+        rows, width = logits.shape
+        if logits.dtype != torch.float32 or not logits.is_contiguous() or not 0 < count <= min(width, MOST_BEST):
+            return None
+        ids = torch.empty(rows, count, dtype=torch.int64)
+        with self.lock:
+            self.library.graft_top(self.team, logits.data_ptr(), rows, width, count, ids.data_ptr())
+        return ids
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """One step."""

@@ -13,10 +13,11 @@ from graft.codegen.cpp.isa import Isa
 from graft.codegen.cpp.printer import function, print_kernel
 from graft.codegen.kernel_ir import AtenKernel, Kernel
 
-HEADERS = ("vec.h", "math.h", "team.h", "step.h", "matmul.h", "attention.h")
+HEADERS = ("vec.h", "math.h", "team.h", "step.h", "matmul.h", "attention.h", "top.h")
 
 HEAD = """#include "attention.h"
 #include "matmul.h"
+#include "top.h"
 
 using namespace graft;
 namespace {
@@ -34,6 +35,9 @@ API Team* graft_open(int threads) {{ return new Team(threads); }}
 API void graft_close(Team* team) {{ delete team; }}
 API int graft_here(const Team* team) {{ return team->here(); }}
 API void graft_run(Team* team, const Call* call) {{ run(*team, *call, KERNELS); }}
+API void graft_top(Team* team, const float* logits, int64_t rows, int64_t width, int size, int64_t* ids) {{
+    best_of_rows(*team, logits, rows, width, size, ids);
+}}
 """
 
 
@@ -102,5 +106,8 @@ def load(source: str, isa: Isa) -> tuple[Any, Path]:
     library.graft_open.argtypes = [ctypes.c_int]
     library.graft_close.argtypes = library.graft_here.argtypes = [ctypes.c_void_p]
     library.graft_run.argtypes = [ctypes.c_void_p, ctypes.POINTER(Call)]
-    library.graft_close.restype = library.graft_run.restype = None
+    library.graft_top.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+    ]
+    library.graft_close.restype = library.graft_run.restype = library.graft_top.restype = None
     return library, path

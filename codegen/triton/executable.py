@@ -96,6 +96,10 @@ class TritonExecutable:
         """Bytes of the arena for what kernels hand to each other; parameters are read where they are."""
         return {"arena": self.arena.nbytes}
 
+    def top(self, logits: Tensor, count: int) -> Tensor | None:
+        """See codegen.executable.Executable."""
+        return None
+
     def release(self, modules: Sequence[nn.Module]) -> int:
         """Nothing: no parameter is held in another form."""
         return 0

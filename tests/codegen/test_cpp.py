@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from graft.codegen.cpp.executable import CppExecutable
@@ -178,3 +179,24 @@ def test_what_lies_behind_the_committed_tokens_is_not_read(family: str, dtype: t
         state[:, 3] = math.nan
     expected, found = executable(*inputs, *states), executable(*inputs, *dirty)
     assert all(map(torch.equal, expected, found))
+
+
+@pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), width=st.integers(1, 200), levels=st.integers(1, 40))
+def test_the_best_tokens_come_in_order_and_of_equals_the_lowest(
+    isa: Isa, seed: int, rows: int, width: int, levels: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, levels, (rows, width), generator=generator).float()  # few levels: many ties
+    count = min(width, 1 + seed % 64)
+    found = compiled("llama", isa=isa).top(logits, count)
+    assert found is not None
+    assert torch.equal(found, logits.argsort(dim=1, descending=True, stable=True)[:, :count])
+
+
+def test_best_tokens_that_it_has_no_code_for_are_left_to_others() -> None:
+    executable = compiled("llama")
+    assert executable.top(torch.zeros(2, 9, dtype=torch.float64), 1) is None
+    assert executable.top(torch.zeros(2, 9)[:, ::2], 1) is None
+    assert executable.top(torch.zeros(2, 9), 10) is None

@@ -212,6 +212,17 @@ template <class C, class F> INLINE C fold(vec<C> x, F combine) {
     return x[0];
 }
 
+// Whether any lane of a comparison holds.
+INLINE bool any(i32v held) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)held, (__m512i)held);
+#else
+    int32_t all = 0;
+    for (int lane = 0; lane < LANES; ++lane) all |= held[lane];
+    return all;
+#endif
+}
+
 // Calls body(first element, lanes) over `count` elements.
 template <int64_t count, class Body> INLINE void sweep(Body body) {
     constexpr int64_t whole = count / LANES * LANES;

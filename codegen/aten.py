@@ -194,7 +194,7 @@ def in_place(function: Function) -> fx.Graph:
                 out = graph.call_function(attend, (layout, buffer, q, *rest))
                 node.replace_all_uses_with(out)
         assert isinstance(state, fx.Node)
-    output = next(reversed(graph.nodes))
+    output = graph.output_node()
     output.args = (output.args[0][:2],)
     for node in reversed(call_nodes(graph, [graft.kv_append.default, graft.kv_attend.default])):
         graph.erase_node(node)

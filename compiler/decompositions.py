@@ -122,7 +122,7 @@ def replace_by_body(node: fx.Node, body: Callable, bodies: dict[Any, fx.Graph]) 
             if inner.op == "call_function":
                 places[inner] = node.graph.node_copy(inner, lambda argument: places[argument])
                 places[inner].meta = {**node.meta, "val": inner.meta["val"]}
-    result = next(reversed(bodies[key].nodes)).args[0]
+    result = bodies[key].output_node().args[0]
     node.replace_all_uses_with(places[result])
     node.graph.erase_node(node)
 

@@ -140,7 +140,7 @@ class Function:
     @property
     def output(self) -> fx.Node:
         """The output node; its arguments are logits, hidden states, then the next states."""
-        return next(reversed(self.graph.nodes))
+        return self.graph.output_node()
 
     def placeholder(self, name: str) -> fx.Node:
         """The input node of that name."""

@@ -114,7 +114,7 @@ def size_names(graph: fx.Graph) -> dict[sympy.Expr, sympy.Symbol]:
 
 def check_data_dependence(graph: fx.Graph, name: str) -> None:
     """Refuse results whose shapes depend on the values of tensors."""
-    todo = list(next(reversed(graph.nodes)).all_input_nodes)
+    todo = list(graph.output_node().all_input_nodes)
     seen = set(todo)
     while todo:
         node = todo.pop()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -77,7 +78,8 @@ def derive(
     values: Values = {}
     known = fakes.known
     keys: dict[int, Any] = {}
-    with fakes.mode, torch.no_grad():
+    # Without the dispatcher some composite operators read sizes as numbers in torch 2.11.
+    with fakes.mode, torch.no_grad(), enable_python_dispatcher():
         for node in graph.nodes:
             if node.op == "placeholder":
                 values[node] = inputs[node.name]

@@ -162,7 +162,7 @@ class Trunk:
 def find_trunk(graph: fx.Graph, by: str = "") -> Trunk:
     """Recover the trunk. Raises CheckError, saying which condition failed, where there is none."""
     embedding = find_embedding(graph)
-    logits = next(reversed(graph.nodes)).args[0][0]
+    logits = graph.output_node().args[0][0]
     flow = dataflow(graph, embedding)
     if logits not in flow:
         raise CheckError("the logits do not depend on the token embedding", where=logits)

@@ -140,7 +140,7 @@ def test_operands_that_do_not_fit_together_are_caught_with_module_and_line() -> 
 def test_an_operator_that_fixes_a_dynamic_size_is_caught() -> None:
     function = dense()
     x = stream(function)
-    insert(function, aten.polar.default, x, x)
+    insert(function, aten.expand.default, x, [3, 7, 64])
     error = checked(function)
     assert (error.problem, error.expected) == ("an operator fixes a dynamic size", "a shape rule for every B and L")
 
@@ -148,7 +148,7 @@ def test_an_operator_that_fixes_a_dynamic_size_is_caught() -> None:
 def test_a_dynamic_size_that_a_derivation_fixed_is_dynamic_in_the_next() -> None:
     function = dense()
     x = stream(function)
-    insert(function, aten.polar.default, x, x)
+    insert(function, aten.expand.default, x, [3, 7, 64])
     function.derive()
     assert checked(function).problem == "an operator fixes a dynamic size"
 

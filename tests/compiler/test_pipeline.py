@@ -236,7 +236,7 @@ def test_a_pass_aimed_at_the_draft_may_not_touch_the_target() -> None:
     class PipelineAstray(Pass):
         def run(self, view: View) -> None:
             view.program["forward"].graph.eliminate_dead_code()
-            next(iter(reversed(view.program["forward"].graph.nodes))).prev.name = "renamed"
+            view.program["forward"].output.prev.name = "renamed"
             view.match()
 
     program = fresh()

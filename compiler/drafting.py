@@ -167,6 +167,10 @@ class Target(Protocol):
     shared: dict[str, object]
     """State that belongs to the compiled model and outlives a generate() call, keyed by the drafter's spec."""
 
+    def best_after(self, tokens: Sequence[int], count: int) -> np.ndarray:
+        """int64 [tokens, count]: the model's best next tokens, best first, after each of the tokens alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class TreePolicy(ABC):
@@ -234,6 +238,10 @@ class Control(Protocol):
 
     def budget(self, context: Context) -> int:
         """How many nodes to draft for this request in the coming step; 0 for none."""
+        ...
+
+    def keep(self, context: Context, tree: DraftTree) -> DraftTree:
+        """The part of a drafted tree that is verified. What is kept of drawn drafts must not depend on the tokens."""
         ...
 
     def observe(self, context: Context, outcome: Outcome) -> None:

@@ -85,6 +85,7 @@ def compile(
 def assembled(program: Program, plan: Plan, decoder: Decoder, face: ModelFace) -> CompiledModel:
     """The parts of a compiled model put together, the plan's defaults filled in."""
     drafter, policy = merged(plan), plan.tree.policy or BestFirst()
+    decoder.first_token = getattr(face.config.get_text_config(), "bos_token_id", None)
     if drafter is not None:
         drafter.open(decoder, policy)  # a drafter that does not fit this model says so now, not when text is wanted
     generator = Generator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,21 +35,27 @@ class _Constant:
     def budget(self, context: Context) -> int:
         return self.nodes
 
+    def keep(self, context: Context, tree: DraftTree) -> DraftTree:
+        return tree
+
     def observe(self, context: Context, outcome: Outcome) -> None:
         pass
 
 
 @dataclass(frozen=True)
 class Adaptive(Controller):
-    """The budget that gives the most tokens per second, for each request by itself.
+    """The nodes that give the most tokens per second, for each request by itself.
 
-    Goodput as in SmartSpec (2406.14066), for trees: with nodes in the order in which a smaller budget would keep them,
-    let a[r] be how often the node of rank r was accepted and d[r] how often there was one. Then n nodes give
-    1 + a[0] + ... + a[n-1] tokens for step_seconds(1 + d[0] + ... + d[n-1]), and the best n in 0..max_nodes is taken;
-    0 switches drafting off.
+    Goodput as in SmartSpec (2406.14066), for trees. A text's tokens per second so far are the price of a second. Of a
+    deterministic tree as many nodes are kept, the most probable ones, as are worth more than the rows that they add
+    to the step: the estimates of the drafter, corrected by how often such estimates came true. Where drafts are drawn,
+    what is kept must not depend on what was drawn. There the number of nodes is decided beforehand from how often the
+    node of rank r was accepted, a[r], and how often there was one, d[r]: n nodes give 1 + a[0] + ... + a[n-1] tokens
+    for step_seconds(1 + d[0] + ... + d[n-1]). If the best n of 0..max_nodes by these rates is 0, drafting of either
+    kind is switched off.
 
-    Ranks beyond the budget are not observed. So every `explore` steps a larger tree is tried, all of it where drafting
-    pays and `probe` nodes where it is off; each time no further node is accepted, the wait doubles, up to 16 times
+    What is not drafted is not observed. So every `explore` steps a larger tree is tried, all of it where drawn drafts
+    pay and `probe` nodes where drafting is off; each time no further node is accepted, the wait doubles, up to 16 times
     `explore`.
     """
 
@@ -71,6 +78,32 @@ class Adaptive(Controller):
         return AdaptiveControl(self, max_nodes, step_seconds)
 
 
+class Correction:
+    """How often a drafter's estimates come true, by their size: what to multiply one with."""
+
+    BOUNDS = (0.05, 0.1, 0.2, 0.4, 0.7)
+    WEIGHT, MEMORY = 4.0, 64.0
+    """What a drafter is believed in advance, in accepted nodes; counts are halved beyond so many."""
+
+    def __init__(self) -> None:
+        cells = len(self.BOUNDS) + 1
+        self.hoped, self.seen = [self.WEIGHT] * cells, [self.WEIGHT] * cells
+
+    def of(self, estimate: float) -> float:
+        """The estimate, corrected."""
+        cell = bisect(self.BOUNDS, estimate)
+        return min(estimate * self.seen[cell] / self.hoped[cell], 1.0)
+
+    def learn(self, estimate: float, accepted: bool) -> None:
+        """A node of that estimate was tested: its parent stands."""
+        cell = bisect(self.BOUNDS, estimate)
+        self.hoped[cell] += estimate
+        self.seen[cell] += accepted
+        if self.hoped[cell] > self.MEMORY:
+            self.hoped[cell] *= 0.5
+            self.seen[cell] *= 0.5
+
+
 @dataclass
 class Rates:
     """What a request has shown, by rank: how often a node was accepted, how often there was one, in how many steps."""
@@ -79,6 +112,11 @@ class Rates:
     drafted: list[float]
     steps: list[int]
     best: int
+    tokens: float
+    seconds: float
+    """Running means of a step; their quotient is the price of a second."""
+    correction: Correction = field(default_factory=Correction)
+    drawn: bool = False
     age: int = 0
     """Steps since `best` was computed."""
     waited: int = 0
@@ -109,9 +147,33 @@ class AdaptiveControl:
             before, rates.best, rates.age = rates.best, self.best(rates), 0
             if rates.best > before:
                 rates.wait = self.spec.explore
+        return self._budget(rates)
+
+    def _budget(self, rates: Rates) -> int:
+        if rates.best and not rates.drawn:
+            return self.max_nodes
         if rates.best < self.max_nodes and rates.waited >= rates.wait:
             return self.max_nodes if rates.best else min(self.spec.probe, self.max_nodes)
         return rates.best
+
+    def keep(self, context: Context, tree: DraftTree) -> DraftTree:
+        """See `Control.keep`."""
+        rates = self._rates(context)
+        rates.drawn = tree.kind != "deterministic"
+        if rates.drawn or not rates.best:
+            return tree
+        correction, reach = rates.correction, {ROOT: 1.0}
+        for node, (parent, probability) in enumerate(zip(tree.parents, tree.probabilities, strict=True)):
+            reach[node] = reach[parent] * correction.of(probability)
+        order = sorted(range(len(tree)), key=lambda node: -reach[node])
+        price = rates.tokens / rates.seconds
+        chosen, most, tokens = 0, -price * self.step_seconds(1), 0.0
+        for count, node in enumerate(order, 1):
+            tokens += reach[node]
+            worth = tokens - price * self.step_seconds(1 + count)
+            if worth > most:
+                chosen, most = count, worth
+        return tree if chosen == len(tree) else tree.select(sorted(order[:chosen]))
 
     def best(self, rates: Rates) -> int:
         """argmax over n of (1 + expected accepted) / (seconds of the expected rows); the smallest one of equals."""
@@ -128,27 +190,28 @@ class AdaptiveControl:
         """See `Control.observe`. `outcome.tree` may be smaller than the budget, not larger."""
         if self.max_nodes <= 0:
             return
-        rates = self._rates(context)
+        rates, tree = self._rates(context), outcome.tree
+        tried = max(rates.best, self._budget(rates)) if rates.drawn or not rates.best else len(tree)
         rates.age += 1
-        offered = min(len(outcome.tree), self.max_nodes)
-        order = by_reach(outcome.tree)
-        hits = set(outcome.path)
-        tried = rates.best
+        offered = min(len(tree), self.max_nodes)
+        order, hits = by_reach(tree), set(outcome.path)
         if rates.best < self.max_nodes:
-            if rates.waited >= rates.wait:
-                tried = self.max_nodes if rates.best else min(self.spec.probe, self.max_nodes)
             rates.waited += 1
             # Until the drafter offers more than usual nothing was tried, and nothing was spent.
             if offered > rates.best:
                 useful = not hits.isdisjoint(order[rates.best :])
                 rates.wait = self.spec.explore if useful else min(2 * rates.wait, 16 * self.spec.explore)
                 rates.waited, rates.age = 0, self.RENEWED
-        tried = max(tried, offered)
-        for rank in range(tried):
+        for rank in range(max(tried, offered, rates.best)):
             steps = rates.steps[rank] = min(rates.steps[rank] + 1, self.spec.memory)
             there = rank < offered
             rates.drafted[rank] += (there - rates.drafted[rank]) / steps
             rates.accepted[rank] += ((there and order[rank] in hits) - rates.accepted[rank]) / steps
+        for node, parent in enumerate(tree.parents):
+            if parent == ROOT or parent in hits:
+                rates.correction.learn(tree.probabilities[node], node in hits)
+        rates.tokens += (1 + len(hits) - rates.tokens) / self.spec.memory
+        rates.seconds += (self.step_seconds(1 + len(tree)) - rates.seconds) / self.spec.memory
 
     def _seconds(self, rows: float) -> float:
         whole = int(rows)
@@ -161,7 +224,8 @@ class AdaptiveControl:
         if rates is None:
             hoped = [self.OPTIMISM / (rank + 1) for rank in range(self.max_nodes)]
             # The priors weigh as much as a few steps, so that one unlucky step does not switch drafting off.
-            rates = Rates(hoped, [1.0] * self.max_nodes, [4] * self.max_nodes, self.max_nodes, wait=self.spec.explore)
+            nodes, pace = self.max_nodes, (1 + self.OPTIMISM, self.step_seconds(1))
+            rates = Rates(hoped, [1.0] * nodes, [4] * nodes, nodes, *pace, wait=self.spec.explore)
             context.data[self.key] = rates
         assert isinstance(rates, Rates)
         return rates

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from graft.compiler.ops import NO_PARENT
 from graft.compiler.program import Function
 from graft.runtime.kv_store import KVOverlay, KVStore
 from graft.runtime.top_tokens import top_rows
+
+ALONE_ROWS = 512
+"""Tokens that `best_after` looks at in one call."""
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Decoder:
         self.store = KVStore(function.states, self.device) if store is None else store
         self.shared: dict[str, object] = {}
         """State of drafters that outlives a generate() call (compiler.drafting.Target)."""
+        self.first_token: int | None = None
+        """What texts start with, where the model has such a token."""
 
     def open(self) -> int:
         """A free slot for a new sequence."""
@@ -106,6 +112,25 @@ class Decoder:
         """int64 [rows, count]: the ids of the best tokens of each row of logits, best first."""
         found = self.executable.top(logits, count)
         return top_rows(logits, count) if found is None else found
+
+    def best_after(self, tokens: Sequence[int], count: int) -> np.ndarray:
+        """See `compiler.drafting.Target`. A text starts with the model's first token where it has one."""
+        slot, found = self.open(), []
+        start = [] if self.first_token is None else [self.first_token]
+        try:
+            if start:
+                self.forward(Rows([slot], [*start], [0], [NO_PARENT], [0]))
+                self.commit(slot, [0])
+            for first in range(0, len(tokens), ALONE_ROWS):
+                some = list(tokens[first : first + ALONE_ROWS])
+                rows = len(some)
+                places, parents = [len(start)] * rows, [NO_PARENT] * rows
+                logits = self.forward(Rows([slot] * rows, some, places, parents, list(range(rows))))
+                found.append(self.top(logits, count).cpu().numpy())
+                self.rollback(slot)
+        finally:
+            self.close(slot)
+        return np.concatenate(found)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep these of the slot's uncommitted rows, named by their place among them, in order; drop the others."""

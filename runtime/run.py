@@ -128,8 +128,9 @@ def draft(run: Run) -> dict[int, DraftTree]:
     if requests:
         proposed = drafting.propose([request.context for request in requests], budgets)
         for request, budget, tree in zip(requests, budgets, proposed, strict=True):
+            check_tree(tree, budget, run.decoder.vocabulary)
+            tree = control.keep(request.context, tree)
             if tree.tokens:
-                check_tree(tree, budget, run.decoder.vocabulary)
                 trees[request.row] = tree
     run.stats.mark("draft")
     if run.times is not None and run.times.spent > measuring:
@@ -139,7 +140,7 @@ def draft(run: Run) -> dict[int, DraftTree]:
 
 def check_tree(tree: DraftTree, budget: int, vocabulary: int) -> None:
     """Raise GenerationError for a tree that cannot be run; drafters may come from elsewhere."""
-    if len(tree) > budget or min(tree.tokens) < 0 or max(tree.tokens) >= vocabulary:
+    if tree.tokens and (len(tree) > budget or min(tree.tokens) < 0 or max(tree.tokens) >= vocabulary):
         raise GenerationError(
             "a drafter proposed a tree that cannot be verified",
             expected=f"at most {budget} nodes with tokens below {vocabulary}",

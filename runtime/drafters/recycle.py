@@ -23,11 +23,15 @@ class Recycle(TableDrafter):
     about, what followed it in the prompt is proposed; after one that is not there either, nothing.
 
     `seed_prompt` fills the table from the prompt before the first step, for which the prefill has to compute logits at
-    every prompt position; the prefill time contains that.
+    every prompt position; the prefill time contains that. `seed_vocabulary` asks the target once, when the model is
+    compiled, what it would say after each of so many tokens alone, the lowest ids first, which are the most frequent
+    ones in a byte-pair vocabulary (the model's own bigrams, as in 2411.03786); that is what is proposed after a token
+    of which nothing better is known.
     """
 
     k: int = 8
     seed_prompt: bool = False
+    seed_vocabulary: int = 0
     shared: bool = False
     """Keep the table in the compiled model, for all its requests: faster to warm up, but how fast one request runs then
     depends on the others' texts (what it returns does not)."""
@@ -35,11 +39,11 @@ class Recycle(TableDrafter):
     """How many rows by two tokens are kept, the latest ones; by one token there are no more than tokens."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= 64 or self.pairs < 1:
+        if not 1 <= self.k <= 64 or self.pairs < 1 or self.seed_vocabulary < 0:
             raise PlanError(
                 "The options of recycling are out of range.",
-                expected="k of 1 to 64 and pairs of 1 or more",
-                found=f"k {self.k}, pairs {self.pairs}",
+                expected="k of 1 to 64, pairs of 1 or more and seed_vocabulary of 0 or more",
+                found=f"k {self.k}, pairs {self.pairs}, seed_vocabulary {self.seed_vocabulary}",
                 where="Recycle",
             )
 
@@ -53,6 +57,22 @@ class Recycle(TableDrafter):
         """`seed_prompt`, see `Drafter.observes_prompt`."""
         return self.seed_prompt
 
+    def prepare(self, target: Target) -> None:
+        """See `TableDrafter.prepare`: fills the seed table, unless the compiled model has it already."""
+        count = min(self.seed_vocabulary, target.vocabulary)
+        if count and self.seeds(target).shape != (count, self.k):
+            target.shared[self.seeds_key] = np.asarray(target.best_after(range(count), self.k), np.int32)
+
+    @property
+    def seeds_key(self) -> str:
+        """Under which the compiled model holds the seed table."""
+        return f"recycle: the best {self.k} after each token alone"
+
+    def seeds(self, target: Target) -> np.ndarray:
+        """int32 [tokens, k], the target's best next tokens after each token alone; empty where that was not asked."""
+        held = target.shared.get(self.seeds_key) if self.seed_vocabulary else None
+        return held if isinstance(held, np.ndarray) else np.empty((0, self.k), np.int32)
+
     def table(self, context: Context, prompt_best: np.ndarray | None, target: Target) -> RecycleTable:
         """See `TableDrafter.table`."""
         known = Rows(self.pairs)
@@ -63,7 +83,7 @@ class Recycle(TableDrafter):
         if prompt_best is not None:
             tokens = context.tokens[: len(prompt_best)]
             known.put(zip([tokens[0], *tokens], tokens, prompt_best.tolist(), strict=False))
-        return RecycleTable(self.k, known, context.tokens)
+        return RecycleTable(self.k, known, context.tokens, self.seeds(target))
 
 
 class Rows:
@@ -89,12 +109,14 @@ class Rows:
 class RecycleTable(Table[Pair]):
     """The state of a place is its last two tokens.
 
-    The class of a candidate is its rank in the row by two tokens, else in the row by one, else in the prompt.
+    The class of a candidate is its rank in the row by two tokens, else in the row by one, else in the prompt, else
+    among the seeds.
     """
 
-    def __init__(self, k: int, known: Rows, prompt: Sequence[int]) -> None:
-        self.k, self.known = k, known
-        self.priors = [rate for first in (0.6, 0.35, 0.3) for rate in (first, *(_later(rank) for rank in range(1, k)))]
+    def __init__(self, k: int, known: Rows, prompt: Sequence[int], seeds: np.ndarray) -> None:
+        self.k, self.known, self.seeds = k, known, seeds
+        later = [_later(rank) for rank in range(1, k)]
+        self.priors = [rate for first in (0.6, 0.35, 0.3, 0.16) for rate in (first, *later)]
         self.followers: dict[int, list[int]] = {}
         for last, token in pairwise(prompt):
             held = self.followers.setdefault(last, [])
@@ -115,7 +137,12 @@ class RecycleTable(Table[Pair]):
         """See `Table.candidates`."""
         two, one, k = self.known.after_two.get(state), self.known.after.get(state[1]), self.k
         if one is None:
-            return list(zip(self.followers.get(state[1], ()), range(2 * k, 3 * k), strict=False))
+            found = list(zip(self.followers.get(state[1], ()), range(2 * k, 3 * k), strict=False))
+            if state[1] < len(self.seeds):
+                named = {token for token, _ in found}
+                seeds = zip(self.seeds[state[1]].tolist(), range(3 * k, 4 * k), strict=True)
+                found += [(token, kind) for token, kind in seeds if token not in named]
+            return found
         if two is None:
             return list(zip(one, range(k, 2 * k), strict=False))
         return [*zip(two, range(k), strict=False), *((t, k + rank) for rank, t in enumerate(one) if t not in two)]

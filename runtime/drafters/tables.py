@@ -149,6 +149,9 @@ class Tables(Generic[State]):
 class TableDrafter(Drafter):
     """A drafter that is a table: what it proposes is a function of the tokens so far."""
 
+    def prepare(self, target: Target) -> None:
+        """Put what all requests share into `target.shared`; called whenever the drafter is opened."""
+
     @abstractmethod
     def table(self, context: Context, prompt_best: np.ndarray | None, target: Target) -> Table:
         """The table of a request that starts; `prompt_best` as in `Drafting.begin`."""
@@ -169,6 +172,8 @@ class TableDrafting:
 
     def __post_init__(self) -> None:
         self.key = "tables: " + ", ".join(map(repr, self.drafters))
+        for drafter in self.drafters:
+            drafter.prepare(self.target)
 
     def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
         """See `Drafting.begin`; the prompt is learnt here."""

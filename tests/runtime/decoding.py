@@ -59,6 +59,9 @@ class Constant:
     def budget(self, context: Context) -> int:
         return self.nodes
 
+    def keep(self, context: Context, tree: DraftTree) -> DraftTree:
+        return tree
+
     def observe(self, context: Context, outcome: Outcome) -> None:
         pass
 
@@ -172,6 +175,9 @@ class Bigram:
     def __call__(self, tokens: Tensor, positions: Tensor, sequences: Tensor, parents: Tensor, lengths: Tensor,
                  wanted: Tensor, *states: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         return self.table[tokens[wanted]], torch.zeros(len(tokens), 1)
+
+    def top(self, logits: Tensor, count: int) -> Tensor | None:
+        return None
 
 
 def bigram(table: Tensor) -> Decoder:

@@ -8,25 +8,31 @@ from itertools import pairwise
 
 import pytest
 
-from graft.compiler.drafting import ROOT, Context, DraftTree, Outcome
+from graft.compiler.drafting import ROOT, Context, Control, DraftKind, DraftTree, Outcome
 from graft.compiler.errors import PlanError
-from graft.runtime.controllers import Adaptive, AdaptiveControl, FixedBudget, by_reach
+from graft.runtime.controllers import Adaptive, AdaptiveControl, Correction, FixedBudget, by_reach
+
+KINDS: tuple[DraftKind, ...] = ("deterministic", "independent")
 
 
-def outcome(nodes: int, accepted: int) -> Outcome:
-    """A chain of which the first tokens are accepted."""
-    tree = DraftTree([7] * nodes, [ROOT, *range(nodes - 1)][:nodes], [0.9] * nodes)
-    return Outcome(tree, list(range(min(accepted, nodes))), 1)
+def chain(nodes: int, kind: DraftKind, probability: float = 0.9) -> DraftTree:
+    """A chain whose tokens the drafter is sure of."""
+    return DraftTree([7] * nodes, [ROOT, *range(nodes - 1)][:nodes], [probability] * nodes, kind)
 
 
-def drive(accept: Callable[[int], int], seconds: Callable[[int], float], steps: int, nodes: int = 16) -> list[int]:
-    """The budgets of some steps, where step s would accept that many tokens of a chain."""
+def step_of(control: Control, context: Context, offered: int, accepted: int, kind: DraftKind) -> int:
+    """One step in which the drafter offers at most that many nodes; how many were verified."""
+    tree = control.keep(context, chain(min(offered, control.budget(context)), kind))
+    control.observe(context, Outcome(tree, list(range(min(accepted, len(tree)))), 1))
+    return len(tree)
+
+
+def drive(
+    accept: Callable[[int], int], seconds: Callable[[int], float], steps: int, kind: DraftKind, nodes: int = 16
+) -> list[int]:
+    """How many nodes were verified in each of some steps, where step s would accept that many tokens of a chain."""
     control, context = Adaptive().open(nodes, seconds), Context([1, 2, 3], 3)
-    budgets = []
-    for step in range(steps):
-        budgets.append(control.budget(context))
-        control.observe(context, outcome(budgets[-1], accept(step)))
-    return budgets
+    return [step_of(control, context, nodes, accept(step), kind) for step in range(steps)]
 
 
 def flat(rows: int) -> float:
@@ -45,35 +51,42 @@ def test_a_fixed_budget_is_what_it_says_but_no_more_than_the_tree_has() -> None:
         FixedBudget(-1)
 
 
-def test_where_rows_are_free_and_tokens_are_accepted_the_whole_tree_is_drafted() -> None:
-    assert drive(lambda step: 16, flat, 60)[-20:] == [16] * 20
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_rows_are_free_and_tokens_are_accepted_the_whole_tree_is_drafted(kind: DraftKind) -> None:
+    assert drive(lambda step: 16, flat, 60, kind)[-20:] == [16] * 20
 
 
-def test_where_a_row_costs_as_much_as_a_step_and_little_is_accepted_drafting_is_switched_off() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_a_row_costs_as_much_as_a_step_and_little_is_accepted_drafting_is_switched_off(kind: DraftKind) -> None:
     chance = random.Random(0)
-    budgets = drive(lambda step: int(chance.random() < 0.3), linear, 400)
+    budgets = drive(lambda step: int(chance.random() < 0.3), linear, 400, kind)
     assert sum(budget == 0 for budget in budgets[100:]) > 0.9 * 300
 
 
-def test_switched_off_it_tries_again_with_a_small_tree_and_ever_less_often() -> None:
-    tried = [(step, budget) for step, budget in enumerate(drive(lambda step: 0, linear, 3000)) if budget and step > 100]
+@pytest.mark.parametrize("kind", KINDS)
+def test_switched_off_it_tries_again_with_a_small_tree_and_ever_less_often(kind: DraftKind) -> None:
+    kept = drive(lambda step: 0, linear, 3000, kind)
+    tried = [(step, nodes) for step, nodes in enumerate(kept) if nodes and step > 100]
     assert tried
-    assert {budget for _, budget in tried} == {Adaptive().probe}
+    assert {nodes for _, nodes in tried} == {Adaptive().probe}
     waits = [b - a for (a, _), (b, _) in pairwise(tried)]
     assert waits == sorted(waits)
     assert waits[-1] <= 16 * Adaptive().explore + 1
 
 
-def test_it_switches_on_again_when_the_text_becomes_easy() -> None:
-    budgets = drive(lambda step: 0 if step < 300 else 16, lambda rows: 1.0 + 0.05 * rows, 1200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_switches_on_again_when_the_text_becomes_easy(kind: DraftKind) -> None:
+    budgets = drive(lambda step: 0 if step < 300 else 16, lambda rows: 1.0 + 0.05 * rows, 1200, kind)
     assert sum(budgets[200:300]) < 40
     assert budgets[-1] == 16
 
 
-def test_it_stops_drafting_where_the_depth_that_is_accepted_ends() -> None:
-    """Always three tokens, and rows that cost: the best tree has exactly those."""
-    budgets = drive(lambda step: 3, lambda rows: 1.0 + 0.1 * rows, 300)
-    assert max(set(budgets[100:]), key=budgets[100:].count) == 3
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_stops_drafting_where_the_depth_that_is_accepted_ends(kind: DraftKind) -> None:
+    """Always three tokens, and rows that cost. Drawn drafts are told apart by their depth; of deterministic ones the
+    drafter says the same of all, so that what it says is corrected for all."""
+    kept = drive(lambda step: 3, lambda rows: 1.0 + 0.1 * rows, 300, kind)
+    assert max(set(kept[100:]), key=kept[100:].count) == (3 if kind == "independent" else 4)
 
 
 def test_the_decision_is_the_best_ratio_of_expected_tokens_to_expected_seconds() -> None:
@@ -85,7 +98,7 @@ def test_the_decision_is_the_best_ratio_of_expected_tokens_to_expected_seconds()
     chance = random.Random(1)
     context = Context([1], 1)
     for _ in range(50):
-        control.observe(context, outcome(control.budget(context), chance.choice([0, 1, 1, 2, 5])))
+        step_of(control, context, 8, chance.choice([0, 1, 1, 2, 5]), "independent")
         rates = control._rates(context)
         goodput = []
         for nodes in range(9):
@@ -96,26 +109,53 @@ def test_the_decision_is_the_best_ratio_of_expected_tokens_to_expected_seconds()
         assert goodput[control.best(rates)] == pytest.approx(max(goodput))
 
 
-def test_a_tree_smaller_than_the_budget_costs_only_the_rows_that_it_has() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tree_smaller_than_the_budget_costs_only_the_rows_that_it_has(kind: DraftKind) -> None:
     """A drafter that is seldom sure, and right when it is, stays on although it is right in one step of eight."""
-    control, context, budgets = Adaptive().open(4, lambda rows: 1.0 + 0.5 * rows), Context([1], 1), []
+    control, context, kept = Adaptive().open(4, lambda rows: 1.0 + 0.5 * rows), Context([1], 1), []
     for step in range(600):
-        budgets.append(control.budget(context))
-        control.observe(context, outcome(budgets[-1] if step % 8 == 0 else 0, 4))
-    assert budgets[-100:] == [4] * 100
+        kept.append(step_of(control, context, 4 if step % 8 == 0 else 0, 4, kind))
+    assert kept[-96:] == [4, 0, 0, 0, 0, 0, 0, 0] * 12
 
 
-def test_requests_learn_by_themselves_and_their_state_does_not_grow() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_learn_by_themselves_and_their_state_does_not_grow(kind: DraftKind) -> None:
     control = Adaptive().open(16, lambda rows: 1.0 + 0.3 * rows)
     good, bad = Context([1], 1), Context([2], 1)
     for _ in range(500):
         for context, accepted in ((good, 16), (bad, 0)):
-            control.observe(context, outcome(control.budget(context), accepted))
+            step_of(control, context, 16, accepted, kind)
     assert control.budget(good) == 16
     assert control.budget(bad) <= Adaptive().probe
     rates = control._rates(good)  # type: ignore[attr-defined]
     assert len(rates.accepted) == len(rates.drafted) == len(rates.steps) == 16
     assert max(rates.steps) <= Adaptive().memory
+
+
+def test_of_a_deterministic_tree_the_nodes_that_pay_are_kept() -> None:
+    """At one token a second, a row is worth its tenth of a second from an estimate of a tenth on."""
+    control, context = Adaptive().open(16, lambda rows: 1.5 + 0.1 * (rows - 1)), Context([1], 1)
+    tree = DraftTree([1, 2, 3, 4, 5], [ROOT, ROOT, 0, 1, 2], [0.6, 0.12, 0.5, 0.5, 0.2])
+    kept = control.keep(context, tree)
+    assert (kept.tokens, kept.parents) == ([1, 2, 3], [ROOT, ROOT, 0])
+
+
+def test_what_is_kept_of_drawn_drafts_does_not_depend_on_their_estimates() -> None:
+    control, context = Adaptive().open(16, linear), Context([1], 1)
+    for probability in (0.001, 0.999):
+        tree = chain(5, "independent", probability)
+        assert control.keep(context, tree) is tree
+
+
+def test_estimates_are_corrected_by_how_often_they_came_true() -> None:
+    correction = Correction()
+    for trial in range(4000):
+        correction.learn(0.3, trial % 10 == 0)
+        correction.learn(0.6, trial % 10 != 0)
+    assert correction.of(0.3) == pytest.approx(0.1, rel=0.2)
+    assert correction.of(0.6) == pytest.approx(0.9, rel=0.2)
+    assert correction.of(0.99) == 0.99
+    assert max(correction.hoped) <= correction.MEMORY
 
 
 def test_without_nodes_nothing_is_drafted_or_measured() -> None:
@@ -124,7 +164,7 @@ def test_without_nodes_nothing_is_drafted_or_measured() -> None:
 
     control, context = Adaptive().open(0, never), Context([1], 1)
     assert control.budget(context) == 0
-    control.observe(context, outcome(0, 0))
+    control.observe(context, Outcome(DraftTree(), [], 1))
     assert context.data == {}
 
 

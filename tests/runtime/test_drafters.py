@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from graft.runtime.drafters.recycle import Recycle, RecycleTable, Rows
 from graft.runtime.drafters.tables import TableDrafter, Trust
 from graft.runtime.drafters.trie import Branches, Trie
 from graft.runtime.tree_policies import BestFirst, Chain
+from tests.runtime.decoding import decoder, tiny
 
 TEXTS = st.lists(st.integers(0, 4), min_size=2, max_size=60)
 
@@ -28,6 +30,10 @@ class Model:
 
     def __init__(self) -> None:
         self.shared: dict[str, object] = {}
+
+    def best_after(self, tokens: Sequence[int], count: int) -> np.ndarray:
+        """Token t is followed by t + 1, t + 2, ..."""
+        return np.array([[(token + rank + 1) % self.vocabulary for rank in range(count)] for token in tokens])
 
 
 def follow(drafting: Drafting, context: Context, tokens: Sequence[int], budget: int = 8, k: int = 0) -> list[DraftTree]:
@@ -137,12 +143,35 @@ def test_recycle_proposes_what_the_target_thought_after_the_token_last_time() ->
 
 def test_recycle_asks_the_last_two_tokens_before_the_last_one_and_then_the_prompt() -> None:
     known = Rows(pairs=10)
-    table = RecycleTable(2, known, [9, 4, 9, 6, 9, 4])
+    table = RecycleTable(2, known, [9, 4, 9, 6, 9, 4], np.array([[20, 21]] * 7))
     assert table.candidates((1, 9)) == [(4, 4), (6, 5)]
     known.put([(1, 5, [11, 13]), (2, 5, [12, 13])])
     assert table.candidates((1, 5)) == [(11, 0), (13, 1), (12, 2)]
     assert table.candidates((3, 5)) == [(12, 2), (13, 3)]
     assert table.candidates((1, 8)) == []
+    assert table.candidates((1, 6)) == [(9, 4), (20, 6), (21, 7)]
+
+
+def test_after_a_token_that_is_new_what_the_model_said_of_it_alone_is_proposed() -> None:
+    drafting, context = opened(Recycle(k=3, seed_vocabulary=50), [1, 3])
+    (tree,) = drafting.propose([context], [8])
+    assert [tree.tokens[child] for child in tree.children()[ROOT]] == [4, 5, 6]
+    assert drafting.target.shared["recycle: the best 3 after each token alone"].shape == (50, 3)  # type: ignore[attr-defined]
+    context.tokens.append(60)
+    drafting.observe(context, Outcome(DraftTree(), [], 60, np.array([[60, 61, 62]])))
+    assert len(drafting.propose([context], [8])[0]) == 0
+
+
+def test_what_the_model_says_after_each_token_alone_is_what_transformers_says() -> None:
+    model, _ = tiny("llama")
+    made = decoder("llama")
+    for first, start in ((None, []), (7, [7])):
+        made.first_token = first
+        found = made.best_after(range(5, 40), 3)
+        with torch.no_grad():
+            expected = [model(torch.tensor([[*start, token]])).logits[0, -1].topk(3).indices for token in range(5, 40)]
+        assert found.tolist() == torch.stack(expected).tolist()
+        assert made.store.pending == [0] * len(made.store.pending) and len(made.store.free) == len(made.store.lengths)
 
 
 def test_the_rows_by_two_tokens_are_bounded_and_the_oldest_goes_first() -> None:

@@ -117,6 +117,8 @@ class Rates:
     """Running means of a step; their quotient is the price of a second."""
     correction: Correction = field(default_factory=Correction)
     drawn: bool = False
+    kept: int = 0
+    """About how many nodes of a tree were kept lately."""
     age: int = 0
     """Steps since `best` was computed."""
     waited: int = 0
@@ -135,6 +137,8 @@ class AdaptiveControl:
 
     RENEWED = 4
     """Steps for which a decision holds: deciding costs as much as drafting a node or two."""
+    GROWTH = 8
+    """How many nodes more than were kept lately are drafted to choose from; each costs some time."""
     OPTIMISM = 0.5
     """The first rank's rate before anything was seen; the others' falls as 1 / (rank + 1)."""
 
@@ -151,7 +155,7 @@ class AdaptiveControl:
 
     def _budget(self, rates: Rates) -> int:
         if rates.best and not rates.drawn:
-            return self.max_nodes
+            return min(self.max_nodes, rates.kept + self.GROWTH)
         if rates.best < self.max_nodes and rates.waited >= rates.wait:
             return self.max_nodes if rates.best else min(self.spec.probe, self.max_nodes)
         return rates.best
@@ -173,6 +177,7 @@ class AdaptiveControl:
             worth = tokens - price * self.step_seconds(1 + count)
             if worth > most:
                 chosen, most = count, worth
+        rates.kept = max(chosen, rates.kept - 1)
         return tree if chosen == len(tree) else tree.select(sorted(order[:chosen]))
 
     def best(self, rates: Rates) -> int:

@@ -84,6 +84,10 @@ class Fixed(TreePolicy):
         return tree
 
 
+UNASKED = -1
+"""The rank before the first: that of a node whose candidates were not asked for yet."""
+
+
 @dataclass(frozen=True)
 class BestFirst(TreePolicy):
     """The nodes that are most probably reached, taken from a heap, as in DySpec (2410.11744).
@@ -123,24 +127,23 @@ class BestFirst(TreePolicy):
         return (yield from self._grow_by_node(tree, budget))
 
     def _grow_by_node(self, tree: DraftTree, budget: int) -> Growth:
-        # Of every list of siblings only the best that is not in the tree yet waits in the heap. The counter breaks
-        # ties, first come first served, before candidates would be compared.
-        heap: list[tuple[float, int, int, float, int, Candidates]] = []
-        parents, reach, node, count = tree.parents, 1.0, ROOT, 0
-        while len(parents) < budget:
-            (candidates,) = yield [node]
-            if candidates:
-                heapq.heappush(heap, (-reach * candidates[0][1], count, node, reach, 0, candidates))
-                count += 1
-            if not heap or -heap[0][0] < self.floor:
-                break
+        # Of every list of siblings only the best that is not in the tree yet waits in the heap. A node waits there for
+        # its candidates to be asked for, too: none of them is reached more probably than itself, and most are never
+        # needed. The counter breaks ties, first come first served, before candidates would be compared.
+        heap: list[tuple[float, int, int, float, int, Candidates]] = [(-1.0, 0, ROOT, 1.0, UNASKED, [])]
+        count = 1
+        while heap and len(tree) < budget and -heap[0][0] >= self.floor:
             negative, _, parent, above, rank, siblings = heap[0]
-            if rank + 1 < len(siblings):
-                heapq.heapreplace(heap, (-above * siblings[rank + 1][1], count, parent, above, rank + 1, siblings))
-                count += 1
-            else:
+            if rank == UNASKED:
                 heapq.heappop(heap)
-            node, reach = tree.add(siblings[rank][0], parent, siblings[rank][1]), -negative
+                (siblings,) = yield [parent]
+            else:
+                node = tree.add(siblings[rank][0], parent, siblings[rank][1])
+                heapq.heapreplace(heap, (negative, count, node, -negative, UNASKED, []))
+                count += 1
+            if rank + 1 < len(siblings):
+                heapq.heappush(heap, (-above * siblings[rank + 1][1], count, parent, above, rank + 1, siblings))
+                count += 1
         return tree
 
     def _grow_by_level(self, tree: DraftTree, budget: int) -> Growth:

@@ -94,6 +94,7 @@ class Trust(dict[int, float]):
             self[true] = right[true] / seen[true]
 
 
+_RATE = itemgetter(1)
 CERTAIN = 0.98
 """The most that the candidates of one place may add up to."""
 
@@ -115,20 +116,27 @@ class Tables(Generic[State]):
 
     def cells(self, states: list[State]) -> dict[int, int]:
         """Token -> its cell, see `Trust`."""
-        named = [table.candidates(state) for table, state in zip(self.tables, states, strict=True)]
-        heard = sum(radix for radix, evidence in zip(self.radix, named, strict=True) if evidence)
+        heard, named = 0, []
+        for radix, table, state in zip(self.radix, self.tables, states, strict=True):
+            evidence = table.candidates(state)
+            if evidence:
+                heard += radix
+                named.append((radix, evidence))
         found: dict[int, int] = {}
-        for radix, evidence in zip(self.radix, named, strict=True):
+        for radix, evidence in named:
+            if not found:
+                found = {token: heard + (kind + 1) * radix for token, kind in evidence}
+                continue
             for token, kind in evidence:
                 found[token] = found.get(token, heard) + (kind + 1) * radix
         return found
 
     def candidates(self, states: list[State]) -> Candidates:
         """All tables' candidates with their estimates, best first."""
-        trust = self.trust
-        found = [(token, trust[cell]) for token, cell in self.cells(states).items()]
-        found.sort(key=itemgetter(1), reverse=True)
-        total = sum(rate for _, rate in found)
+        cells = self.cells(states)
+        rates = [self.trust[cell] for cell in cells.values()]
+        found = sorted(zip(cells, rates, strict=True), key=_RATE, reverse=True)
+        total = sum(rates)
         if total > CERTAIN:
             found = [(token, rate * CERTAIN / total) for token, rate in found]
         return found

@@ -8,13 +8,13 @@ call and shared by all layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from graft.compiler.canonical import graft
@@ -22,6 +22,7 @@ from graft.compiler.errors import LoweringError
 from graft.compiler.nodes import call_nodes
 from graft.compiler.ops import NO_PARENT, softmax_attention
 from graft.compiler.program import FLAT, Function, KernelRecord
+from graft.compiler.shapes import attribute
 
 
 class Layout:
@@ -141,6 +142,7 @@ class AtenExecutable:
     kernels: tuple[KernelRecord, ...] = ()
     prediction = None
     memory: Mapping[str, int] = MappingProxyType({})
+    panels: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, function: Function) -> None:
         if not function.flat:
@@ -151,6 +153,7 @@ class AtenExecutable:
                 where=f"function {function.name}",
                 remedy="run the kv-cache pass first",
             )
+        self.function = function
         self.module = fx.GraphModule(function.weights, in_place(function))
         self.run: Callable[..., tuple[Tensor, Tensor]] = self.module.forward
 
@@ -161,13 +164,11 @@ class AtenExecutable:
         """See codegen.executable.Executable."""
         return None
 
-    def release(self, modules: Sequence[nn.Module]) -> int:
-        """Nothing: ATen reads the parameters as they are."""
-        return 0
-
-    def replaced(self) -> Mapping[str, Tensor]:
-        """None, for the same reason."""
-        return {}
+    def read_plain(self) -> set[int]:
+        """See codegen.executable.Executable: ATen reads every parameter as it is."""
+        function = self.function
+        names = [node.target for node in function.graph.nodes if node.op == "get_attr"]
+        return {attribute(function.weights, name).data_ptr() for name in names}
 
     @property
     def source(self) -> str:
@@ -179,11 +180,12 @@ def in_place(function: Function) -> fx.Graph:
     """The function's graph with appends and attends replaced by their in-place forms and the states not returned."""
     graph = copy.deepcopy(function.graph)
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    with graph.inserting_after(list(inputs.values())[-1]):
-        layout = graph.call_function(
-            Layout, tuple(inputs[name] for name in ("sequences", "positions", "parents", "lengths"))
-        )
-    for node in call_nodes(graph, [graft.kv_append.default, graft.kv_attend.default]):
+    touching = call_nodes(graph, [graft.kv_append.default, graft.kv_attend.default])
+    if touching:
+        with graph.inserting_after(list(inputs.values())[-1]):
+            rows = tuple(inputs[name] for name in ("sequences", "positions", "parents", "lengths"))
+            layout = graph.call_function(Layout, rows)
+    for node in touching:
         state, buffer = node.args[0], state_input(node)
         with graph.inserting_before(node):
             if node.target is graft.kv_append.default:
@@ -196,7 +198,7 @@ def in_place(function: Function) -> fx.Graph:
         assert isinstance(state, fx.Node)
     output = graph.output_node()
     output.args = (output.args[0][:2],)
-    for node in reversed(call_nodes(graph, [graft.kv_append.default, graft.kv_attend.default])):
+    for node in reversed(touching):
         graph.erase_node(node)
     graph.lint()
     return graph

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.codegen.prediction import Prediction
-from graft.compiler.program import KernelRecord
+from graft.compiler.program import Function, KernelRecord
 
 
 class Executable(Protocol):
-    """A lowered function on flat rows (compiler.program.FLAT). States are written in place and not returned."""
+    """A lowered function on flat rows (compiler.program.FLAT). States are written in place and not returned.
+
+    A program's functions are lowered one after the other, each with the `panels` of those before it, so that what
+    several of them multiply with is packed once; what may be given up or stored packed is decided for all of them
+    together (codegen.release).
+    """
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs of FLAT in that order, then the states. Returns logits [R, vocabulary] float32 (float64 for a
+        """The function's inputs in its order, then the states. Returns logits [R, vocabulary] float32 (float64 for a
         float64 model) and hidden [N, width] in the model's dtype."""
 
     def top(self, logits: Tensor, count: int) -> Tensor | None:
@@ -38,15 +43,20 @@ class Executable(Protocol):
     def memory(self) -> Mapping[str, int]:
         """Bytes by what they are for: "weights" of its own (packed copies), "arena"."""
 
-    def release(self, modules: Sequence[nn.Module]) -> int:
-        """Give up the modules' parameters that are held packed (codegen.release); returns the bytes given back."""
-
     @property
     def backend(self) -> str:
         """Which of codegen.lowering.BACKENDS this is."""
 
-    def replaced(self) -> Mapping[str, Tensor]:
-        """Parameters that it holds packed and needs in no other form, by name; what `lower` takes as `panels`."""
+    @property
+    def function(self) -> Function:
+        """What it runs."""
+
+    @property
+    def panels(self) -> Mapping[str, Tensor]:
+        """Parameters that it reads packed, by name; what `lower` takes as `panels`."""
+
+    def read_plain(self) -> set[int]:
+        """Where the parameters lie (data_ptr) that it reads as the model holds them, or needs so to be built again."""
 
     @property
     def source(self) -> str:

@@ -81,7 +81,8 @@ def calibrate(kernels: Sequence[KernelRecord], profile: Profile) -> Rates:
     few, many, far_few, far_many = (Measured(kernels, *at, profile(*at)) for at in (FEW, MANY, FAR_FEW, FAR_MANY))
     # The same keys and values are read for one row and for many, so the difference is arithmetic.
     work = far_many.amount("products", "attend") - far_few.amount("products", "attend")
-    attention = work / positive(far_many.seconds("attend") - far_few.seconds("attend"))
+    # A function without attention has done none, and nothing of it is predicted by these rates.
+    attention = max(work / positive(far_many.seconds("attend") - far_few.seconds("attend")), 1.0)
     reading = far_few.seconds("attend") - far_few.amount("products", "attend") / attention
     moved = many.amount("activations", OTHERS) - few.amount("activations", OTHERS)
     return Rates(

@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from graft.codegen.executable import Executable
+from graft.compiler.shapes import attribute
 
 
-def release(modules: Iterable[nn.Module], places: set[int]) -> int:
-    """Put a parameter without storage (device "meta") in the place of each whose storage begins at one of `places`.
+def packed_places(executables: Sequence[Executable]) -> set[int]:
+    """Where the parameters lie that these functions read packed, and none of them in any other form."""
+    held = {attribute(one.function.weights, name).data_ptr() for one in executables for name in one.panels}
+    return held.difference(*(one.read_plain() for one in executables))
 
-    The modules keep names, shapes and ties, but can no longer run. Returns the bytes given back.
+
+def replaced(executables: Sequence[Executable]) -> dict[str, Tensor]:
+    """Parameters that these functions read packed and need in no other form, by name."""
+    places, found = packed_places(executables), dict[str, Tensor]()
+    for one in executables:
+        for name, panels in one.panels.items():
+            parameter = attribute(one.function.weights, name)
+            if parameter.is_meta or parameter.data_ptr() in places:
+                found[name] = panels
+    return found
+
+
+def release(modules: Iterable[nn.Module], executables: Sequence[Executable]) -> int:
+    """Give up the parameters of the modules that these functions read packed, and none of them in any other form.
+
+    A parameter without storage (device "meta") takes the place of each: the modules keep names, shapes and ties, but
+    can no longer run. Returns the bytes given back.
     """
+    places = packed_places(executables)
     empty: dict[int, nn.Parameter] = {}
     freed = 0
     for module in (part for whole in modules for part in whole.modules()):
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.data_ptr() not in places or parameter.is_meta:
+            if parameter is None or parameter.is_meta or parameter.data_ptr() not in places:
                 continue
             place = parameter.data_ptr()
             if place not in empty:

@@ -10,15 +10,23 @@ that holds the state of one compiled model or one generate() call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from graft.compiler.passing import Pass
 
 DraftKind = Literal["deterministic", "independent", "without-replacement", "mixed"]
 """How the children of a tree node were drawn: a function of the context alone (so q is one-hot), independent samples
 from q, samples from q without replacement in the order kept, or by several drafters of which at least one draws."""
+
+HiddenRows = Literal["no", "rows", "all"]
+"""Which of the target's final hidden states a drafter reads: none, those of every verification step, or those of the
+prompt too."""
 
 ROOT = -1
 """The parent of a draft tree's first level: the last token of the context, which the target has not run yet."""
@@ -92,13 +100,16 @@ class Outcome:
 
     `path` is the accepted nodes from the root down; `next_token` follows them and is the next root. `best`, where a
     drafter asked for it by `observes`, is int64 [1 + len(tree), observes]: the target's best tokens at the root (row
-    0) and at every node (row i + 1), best first.
+    0) and at every node (row i + 1), best first. `hidden`, where a drafter asked for it by `reads_hidden`, is
+    [1 + len(tree), width] in the model's dtype: what the unembedding reads at the root and at every node; of the first
+    outcome of a request [1, width], at the last token of the prompt.
     """
 
     tree: DraftTree
     path: list[int]
     next_token: int
     best: np.ndarray | None = None
+    hidden: Tensor | None = None
 
 
 Candidates = list[tuple[int, float]]
@@ -115,8 +126,9 @@ The tree returned is that one or a selection of it.
 class Drafting(Protocol):
     """The state of a drafter during one generate() call, over any number of requests."""
 
-    def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
-        """A request starts. `prompt_best` is int64 [prompt tokens, observes] where `observes_prompt`, else None."""
+    def begin(self, context: Context, prompt_best: np.ndarray | None, prompt_hidden: Tensor | None = None) -> None:
+        """A request starts. `prompt_best` is int64 [prompt tokens, observes] where `observes_prompt`, else None;
+        `prompt_hidden` [prompt tokens, width] where `reads_hidden` is "all", else None."""
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """One tree for each context, with at most that many nodes; an empty tree where nothing is worth drafting."""
@@ -152,6 +164,17 @@ class Drafter(ABC):
         """Whether `begin` wants the target's best tokens at every prompt position; that costs prefill time."""
         return False
 
+    @property
+    def reads_hidden(self) -> HiddenRows:
+        """Which of the target's hidden states it wants to see."""
+        return "no"
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Its graph part: passes of contract lossless that add the functions it drafts with. compile() runs them with
+        the target's own, where the facts that they require hold."""
+        return ()
+
     @abstractmethod
     def open(self, target: Target, policy: TreePolicy) -> Drafting:
         """State for one generate() call against `target`."""
@@ -170,6 +193,10 @@ class Target(Protocol):
     def best_after(self, tokens: Sequence[int], count: int) -> np.ndarray:
         """int64 [tokens, count]: the model's best next tokens, best first, after each of the tokens alone."""
         ...
+
+    @property
+    def functions(self) -> Mapping[str, Any]:
+        """What runs the program's other functions, by name: a graft.runtime.decoder.Decoder each."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ class PlanError(GraftError):
     """A plan cannot be read, or its parts do not go together."""
 
 
+class CheckpointError(GraftError):
+    """Trained parts of a drafter cannot be read: names the file and the tensors that are missing, surplus or wrong."""
+
+
 class LoweringError(GraftError):
     """A function cannot be turned into something that runs."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,6 +141,14 @@ class Value:
 
     def __repr__(self) -> str:
         return f"Value({self.node.name}: {self.dtype} {list(self.shape)})"
+
+
+def cat(values: Sequence[Value], dim: int = -1) -> Value:
+    """Values side by side."""
+    nodes = [value.node for value in values]
+    with nodes[0].graph.inserting_after(max(nodes)):
+        by = values[0].by
+        return Value(new_node(nodes[0].graph, aten.cat.default, (nodes, dim), like=nodes[0], by=by), by)
 
 
 def sort_nodes(graph: fx.Graph) -> None:

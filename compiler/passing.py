@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from graft.compiler.nodes import touched
+from graft.compiler.errors import PassError
+from graft.compiler.nodes import origin_of, touched
 from graft.compiler.program import Function, Program
 from graft.compiler.trunk import Trunk, find_trunk
 
@@ -83,6 +84,25 @@ class View:
     def trunk(self) -> Trunk:
         """The residual stream of `function`, found afresh."""
         return find_trunk(self.function.graph, self.by)
+
+    def add(self, function: Function) -> None:
+        """Add a function that drafts to the program. Raises PassError where another pass has added one of that name."""
+        if function.name in self.program.functions:
+            raise self.taken(f"the function {function.name!r}", self.program[function.name])
+        self.program.functions[function.name] = function
+        self.match()
+
+    def taken(self, what: str, holder: Function) -> PassError:
+        """The error for something to be added that the function `holder` is or has already."""
+        owners = {origin_of(node).passes[:1] for node in holder.graph.nodes if node.op == "call_function"}
+        owner = "the target" if () in owners else next(iter(owners))[0]
+        return PassError(
+            f"two passes want to add {what}",
+            expected="a name of its own for each",
+            found=f"{owner} and {self.by}",
+            where=f"function {holder.name}",
+            remedy="give one of them another name, or leave it out",
+        )
 
     def match(self, count: int = 1) -> None:
         """Say that the pass did something here; passes that change nodes through the trunk need not."""

@@ -67,7 +67,9 @@ FLAT = (
 )
 """Inputs of a function on flat ragged rows, followed by its states. For each of N rows: token, logical position, slot,
 and index in this call of the row before it (-1: committed or none). For each of S slots: committed tokens. For each
-of R results: the row whose logits are wanted. Outputs: logits [R, vocabulary], hidden [N, width], the next states."""
+of R results: the row whose logits are wanted. Outputs: logits [R, vocabulary], hidden [N, width], the next states.
+A function that drafts has these inputs and then more of its own with a value for each row, such as a hidden state
+("N", width) or an earlier token ("N",); what it calls logits and hidden is its own business."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Function:
     """Holds the parameters that get_attr nodes name; shared by all functions of a program."""
     inputs: tuple[Input, ...]
     states: tuple[KVState, ...] = ()
+    draft_vocabulary: str = ""
+    """Where the logits are over a choice of the target's tokens: path of the int64 buffer that says which, in order."""
     lowered: Lowered | None = field(default=None, repr=False)
     """The code that runs it, once there is some. A copy, which a pass may change, has none."""
     fakes: Fakes | None = field(default=None, repr=False)
@@ -126,6 +130,11 @@ class Function:
     def flat(self) -> bool:
         """Whether it runs on flat ragged rows with KV states, rather than on a dense batch without a cache."""
         return self.inputs[0].sizes == ("N",)
+
+    @property
+    def row_inputs(self) -> tuple[Input, ...]:
+        """Inputs of a flat function beyond those of FLAT, with a value for each row."""
+        return self.inputs[len(FLAT) :]
 
     @property
     def kernels(self) -> tuple[KernelRecord, ...]:
@@ -172,7 +181,10 @@ class Function:
 
     def copy(self) -> Function:
         """The same function over a copied graph; parameters are shared."""
-        return Function(self.name, copy.deepcopy(self.graph), self.weights, self.inputs, self.states, fakes=self.fakes)
+        graph = copy.deepcopy(self.graph)
+        return Function(
+            self.name, graph, self.weights, self.inputs, self.states, self.draft_vocabulary, fakes=self.fakes
+        )
 
     def __str__(self) -> str:
         """The listing, identical layers folded; compiler.listing.list_function prints it in full."""

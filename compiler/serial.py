@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.compiler.checker import check, derived_values
 from graft.compiler.errors import CheckError, GraftError, SaveError
 from graft.compiler.host import PRIMITIVES, Call, Host, If, Statement, While
 from graft.compiler.program import Function, Input, KVState, PassRecord, Program
 from graft.compiler.serial_graph import graph_data, graph_from, take, texts
-from graft.compiler.shapes import EXAMPLE_SIZES
+from graft.compiler.shapes import EXAMPLE_SIZES, attribute
 
 NUMBERS = ("layers", "heads", "key_dim", "value_dim")
 """Fields of a KV state that are numbers."""
@@ -140,6 +140,7 @@ def function_data(function: Function) -> dict[str, Any]:
         "name": function.name,
         "inputs": [{"name": i.name, "sizes": list(i.sizes), "dtype": dtype_name(i.dtype)} for i in function.inputs],
         "states": [dataclasses.asdict(s) | {"dtype": dtype_name(s.dtype)} for s in function.states],
+        "draft_vocabulary": function.draft_vocabulary,
         "nodes": graph_data(function.graph),
     }
 
@@ -172,7 +173,20 @@ def function_read(data: Any, weights: nn.Module) -> Function:
     inputs = tuple(input_from(one, where) for one in take(data, "inputs", list, where))
     states = tuple(state_from(one, where) for one in take(data, "states", list, where))
     graph = graph_from(take(data, "nodes", list, where), where)
-    return Function(name, graph, weights, inputs, states)
+    chosen = take(data, "draft_vocabulary", str, where)
+    if chosen:
+        check_chosen(weights, chosen, where)
+    return Function(name, graph, weights, inputs, states, chosen)
+
+
+def check_chosen(weights: nn.Module, path: str, where: str) -> None:
+    """Raise SaveError unless there is an int64 vector at the path."""
+    try:
+        found = attribute(weights, path)
+    except AttributeError as error:
+        raise SaveError("a draft vocabulary is missing", found=path, where=where) from error
+    if not isinstance(found, Tensor) or found.dtype != torch.int64 or found.dim() != 1:
+        raise SaveError("a draft vocabulary is no list of tokens", expected="int64 [v]", found=path, where=where)
 
 
 def input_from(data: Any, where: str) -> Input:

@@ -73,6 +73,8 @@ def writable(value: Any) -> Any:
     """The value, if it can be written down. Raises PlanError for an object that lives in this process alone."""
     if value is None or isinstance(value, (bool, int, float, str, dict)):
         return value
+    if isinstance(value, Path):
+        return str(value)
     raise PlanError(
         "a plan that holds an object of this process cannot be written down",
         expected="text, numbers and components",

@@ -11,6 +11,7 @@ from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import (
     CaptureError,
     CheckError,
+    CheckpointError,
     GenerationError,
     GraftError,
     LoweringError,
@@ -29,15 +30,19 @@ from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
 from graft.passes.dead_code import DeadCode
 from graft.passes.drop_block import DropBlock
+from graft.passes.hydra_heads import HydraHeads
 from graft.passes.kv_cache import KVCache
+from graft.passes.medusa_heads import MedusaHeads
 from graft.passes.merge_linears import MergeLinears
 from graft.runtime.controllers import Adaptive, FixedBudget
 from graft.runtime.drafters.draft_model import DraftModel
+from graft.runtime.drafters.heads import Heads
 from graft.runtime.drafters.lookup import Lookup
 from graft.runtime.drafters.recycle import Recycle
 from graft.runtime.drafters.trie import Trie
 from graft.runtime.tree_policies import BestFirst, Chain, Fixed
 from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch
+from graft.training import TrainOptions, train_heads
 
 __all__ = [
     "Adaptive",
@@ -46,6 +51,7 @@ __all__ = [
     "CaptureError",
     "Chain",
     "CheckError",
+    "CheckpointError",
     "CommonSubexpression",
     "CompiledModel",
     "Controller",
@@ -58,10 +64,13 @@ __all__ = [
     "GenerationError",
     "GraftError",
     "GreedyWalk",
+    "Heads",
+    "HydraHeads",
     "KVCache",
     "Leviathan",
     "Lookup",
     "LoweringError",
+    "MedusaHeads",
     "MergeLinears",
     "Pass",
     "PassError",
@@ -72,6 +81,7 @@ __all__ = [
     "SampleAndMatch",
     "SaveError",
     "StateError",
+    "TrainOptions",
     "Tree",
     "TreePolicy",
     "Trie",
@@ -84,4 +94,5 @@ __all__ = [
     "load",
     "lossless",
     "new_node",
+    "train_heads",
 ]

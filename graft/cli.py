@@ -26,6 +26,7 @@ examples:
   python -m graft inspect model/ --explain linear_3
   python -m graft inspect model/ --source
   python -m graft run model/ --prompt "The capital of France is" --max-new-tokens 32
+  python -m graft train-heads model/ --data prompts.jsonl book.txt --out heads/
   python -m graft passes
 """
 
@@ -85,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--stats", action="store_true", help="print the report when done, on standard error")
     run.set_defaults(command=run_command)
 
+    train = commands.add_parser("train-heads", help="train draft heads for a model")
+    add_training(train)
+    train.set_defaults(command=train_command)
+
     passes = commands.add_parser("passes", help="list passes, drafters and all else that a plan may name")
     passes.add_argument("--use", action="append", default=[], metavar="FILE", help="a Python file that defines more")
     passes.add_argument("--json", action="store_true", help="print JSON")
@@ -102,6 +107,44 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gguf", metavar="FILE", help="a GGUF file in MODEL")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored (default)")
     command.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_training(command: argparse.ArgumentParser) -> None:
+    """Options of `train-heads`; those of `TrainOptions` have its defaults."""
+    command.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="for the heads; a run goes on there")
+    what = 'text, or ".jsonl" with a "prompt" or "turns" in each line, which the model continues'
+    command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=what)
+    command.add_argument("--kind", choices=("hydra", "medusa"), default="hydra", help="of heads (%(default)s)")
+    command.add_argument("--prefix", action="store_true", help="Hydra++: a decoder layer in front of the heads")
+    command.add_argument("--unembedding", choices=("target", "shared"), default="target", help="(%(default)s)")
+    for name, kind in (("heads", int), ("layers", int), ("vocabulary", int), ("length", int), ("new-tokens", int),
+                       ("epochs", int), ("batch", int), ("patience", int), ("seed", int), ("rate", float)):  # fmt: skip
+        command.add_argument(f"--{name}", type=kind, metavar="N", help="see graft.TrainOptions")
+    command.add_argument("--gguf", metavar="FILE", help="a GGUF file in MODEL")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored (default)")
+    command.add_argument("--device", help="where the model runs and heads are trained; a GPU where there is one")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    """`train-heads`: train, and print the figures."""
+    import torch
+
+    from graft.compiling import compile as compile_
+    from graft.training import TrainOptions, train_heads
+    from graft.training.features import read_texts
+
+    given = {name: getattr(arguments, name) for name in TrainOptions.__dataclass_fields__ if hasattr(arguments, name)}
+    options = TrainOptions(**{name: value for name, value in given.items() if value is not None})
+    with Progress(quiet=arguments.quiet) as progress:
+        progress(f"loading {arguments.model}")
+        texts = read_texts(arguments.data, load("AutoTokenizer", arguments))
+        model = load("AutoModelForCausalLM", arguments, dtype=arguments.dtype).eval()
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        fast = compile_(model.to(device), progress=progress)
+        figures = train_heads(fast, texts, arguments.out, options, name=arguments.model, say=progress)
+    print(json.dumps(figures, indent=2))
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.codegen.executable import Executable
 from graft.compiler.passing import spec_name
 from graft.compiler.plan import Plan
 from graft.compiler.program import Program
@@ -41,6 +42,11 @@ class CompiledModel:
         return self.generator.decoder
 
     @property
+    def executables(self) -> list[Executable]:
+        """What runs each function of the program, the target's first."""
+        return [self.decoder.executable, *(one.executable for one in self.decoder.functions.values())]
+
+    @property
     def stats(self) -> Mapping[str, Any]:
         """Figures of the last generate(): tokens, steps, tokens per step, seconds by phase."""
         return self.generator.stats
@@ -48,13 +54,20 @@ class CompiledModel:
     def report(self) -> str:
         """Every pass with its contract, matches, cost and check, the kernels, memory, and the figures of the last
         generate()."""
-        executable, store = self.decoder.executable, self.decoder.store
-        memory = {**executable.memory, "KV cache": store.nbytes, "parameters released": self.released_bytes}
+        decoders = [self.decoder, *self.decoder.functions.values()]
+        # What several functions multiply with is packed once.
+        packed = {id(one): one.nbytes for executable in self.executables for one in executable.panels.values()}
+        memory = dict(self.decoder.executable.memory)
+        for one in self.executables[1:]:
+            memory = {name: size + one.memory.get(name, 0) for name, size in memory.items()}
+        memory |= {"packed weights": sum(packed.values())} if packed else {}
+        memory |= {"KV cache": sum(one.store.nbytes for one in decoders), "parameters released": self.released_bytes}
         return render_report(
             self.program.records,
             self.stats,
             function=self.program["forward"],
-            invariant=executable.invariant,
+            drafting=[one.function for one in self.decoder.functions.values()],
+            invariant=self.decoder.executable.invariant,
             memory=memory,
         )
 

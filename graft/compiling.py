@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from graft.codegen.lowering import LoweringWarning, check_backend, lower
+from graft.codegen.release import release as release_packed
 from graft.compiled import CompiledModel
 from graft.compiler.capture import capture, check_model
 from graft.compiler.errors import PlanError
 from graft.compiler.host import plain_host, speculative_host
+from graft.compiler.ordering import ordered
 from graft.compiler.passing import Pass
 from graft.compiler.pipeline import run_passes
 from graft.compiler.plan import Plan
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+TARGET = "forward"
+"""Name of the target's function."""
 Progress = Callable[[str], None]
 """Called with what is being done from now on."""
 
@@ -59,6 +63,8 @@ def compile(
             "compile() takes a Plan", found=type(plan).__name__, remedy="Plan.from_spec and Plan.from_toml read text"
         )
     plan.check()
+    passes = [*pipeline(plan), *draft_passes(plan)]
+    ordered(passes)
     check_backend(backend)
     check_model(model)
     face = ModelFace.of(model)
@@ -67,15 +73,15 @@ def compile(
     captured = capture(model)
     program = Program({"forward": Function("forward", captured.graph, captured.weights, DENSE)})
     program.host = speculative_host() if plan.draft else plain_host()
-    run_passes(program, pipeline(plan), sample=plan.sample, progress=lambda name, *_: say(f"running pass {name}"))
+    run_passes(program, passes, sample=plan.sample, progress=lambda name, *_: say(f"running pass {name}"))
     say("lowering")
     config, vocabulary = model.config.get_text_config(), int(model.get_output_embeddings().weight.shape[0])
     positions = getattr(config, "max_position_embeddings", None)
-    decoder = decoder_of(program["forward"], vocabulary, positions, backend)
+    decoder = decoder_of(program, vocabulary, positions, backend)
     compiled = assembled(program, plan, decoder, face)
     if release:
         # Last of all: nothing may fail behind this.
-        compiled.released_bytes = decoder.executable.release([model, captured.weights])
+        compiled.released_bytes = release_packed([model, captured.weights], compiled.executables)
         if not compiled.released_bytes:
             problem = "nothing was released: the code that runs reads the model's own parameters"
             warnings.warn(problem, LoweringWarning, stacklevel=2)
@@ -119,13 +125,40 @@ def merged(plan: Plan) -> Merge | None:
     return Merge(plan.draft) if plan.draft else None
 
 
+def draft_passes(plan: Plan) -> list[Pass]:
+    """The graph parts of the plan's drafters. Raises PlanError where one of them could change the target."""
+    found: list[Pass] = []
+    for drafter in plan.draft:
+        for one in drafter.passes:
+            if one.contract != "lossless":
+                raise PlanError(
+                    "a drafter's pass could change the output",
+                    expected="contract lossless",
+                    found=f"{one.pass_name()}, {one.contract}",
+                    where=type(drafter).__name__,
+                )
+            found.append(one)
+    return found
+
+
 def decoder_of(
-    function: Function,
+    program: Program,
     vocabulary: int,
     positions: int | None,
     backend: str,
     panels: Mapping[str, Tensor] | None = None,
 ) -> Decoder:
-    """The lowered function with a KV store; `panels` as in codegen.lowering.lower."""
-    function.lowered = executable = lower(function, backend, panels)
-    return Decoder(function, executable, vocabulary, positions)
+    """The target, lowered, with a KV store, and the functions that draft, which share what is packed; `panels` as in
+    codegen.lowering.lower."""
+    packed = dict(panels or {})
+    target: Decoder | None = None
+    for function in sorted(program.functions.values(), key=lambda one: one.name != TARGET):
+        function.lowered = executable = lower(function, backend, packed)
+        packed |= executable.panels
+        if target is None:
+            target = Decoder(function, executable, vocabulary, positions)
+        else:
+            size = int(function.output.args[0][0].meta["val"].shape[-1])
+            target.functions[function.name] = Decoder(function, executable, size, positions)
+    assert target is not None
+    return target

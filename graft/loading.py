@@ -89,7 +89,7 @@ def load(
     saved = take(manifest, "backend", str, MANIFEST)
     face = ModelFace(config, GenerationConfig.from_dict(take(manifest, "generation_config", dict, MANIFEST)), device)
     decoder = decoder_of(
-        program["forward"],
+        program,
         take(manifest, "vocabulary", int, MANIFEST),
         take(manifest, "max_positions", (int, type(None)), MANIFEST),
         "aten" if backend == "auto" and saved == "aten" else backend,

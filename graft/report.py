@@ -17,6 +17,8 @@ from graft.compiler.program import Function, KernelRecord, PassRecord
 WIDTH = 120
 ROWS = (1, 8, 16, 64)
 """Rows of the steps whose cost is predicted."""
+DRAFTED = 8
+"""Rows of a call that drafts whose cost is predicted beside that of one."""
 CONTEXT = 1024
 """Tokens of context at which it is."""
 
@@ -26,21 +28,24 @@ def render_report(
     stats: Mapping[str, Any] | None = None,
     *,
     function: Function | None = None,
+    drafting: Sequence[Function] = (),
     invariant: bool | None = None,
     memory: Mapping[str, int] | None = None,
     width: int = WIDTH,
 ) -> str:
     """The report as plain text of at most `width` columns.
 
-    `records` are the program's; `function` is the one whose steps are priced. `stats` is what CompiledModel.stats
-    holds: numbers by name, seconds under names that end in "_seconds", and under "drafters" numbers by name for each
-    drafter. A list is one value for each request and is left out.
+    `records` are the program's; `function` is the one whose steps are priced, `drafting` are those that draft.
+    `stats` is what CompiledModel.stats holds: numbers by name, seconds under names that end in "_seconds", and under
+    "drafters" numbers by name for each drafter. A list is one value for each request and is left out.
     """
     tables = [passes_table(records)] if records else []
     if function is not None:
         tables.append(cost_table(function))
         if function.kernels:
             tables.append(kernels_table(function.kernels))
+    if drafting:
+        tables.append(drafting_table(drafting))
     if invariant is not None:
         tables.append(execution_table(invariant, memory or {}))
     if stats:
@@ -114,6 +119,25 @@ def cost_table(function: Function) -> Table:
             bytes_text(work.activations),
             f"{work.flops / necessary:.1f}" if necessary else "",
             *([f"{prediction.seconds(rows, CONTEXT) * 1000:.1f}"] if prediction else []),
+        )
+    return table
+
+
+def drafting_table(functions: Sequence[Function]) -> Table:
+    """The functions that draft: what one call of one row comes to, and the predicted time of one and of eight rows."""
+    numbers = ("kernels", "FLOPs", "weights", "KV", "ms, 1 row", f"ms, {DRAFTED} rows")
+    table = new_table(f"Functions that draft, at {CONTEXT} tokens of context", ("function", *numbers), numbers)
+    for function in functions:
+        work = function_cost(function).at(Workload(rows=1, wanted=1, context=CONTEXT, length=1))
+        prediction = function.lowered.prediction if function.lowered else None
+        times = [prediction.seconds(rows, CONTEXT) if prediction else None for rows in (1, DRAFTED)]
+        table.add_row(
+            function.name,
+            str(len(function.kernels)),
+            count_text(work.flops),
+            bytes_text(work.weights),
+            bytes_text(work.kv),
+            *("" if seconds is None else f"{seconds * 1000:.2f}" for seconds in times),
         )
     return table
 

@@ -24,6 +24,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from graft.codegen.release import replaced
 from graft.compiler.errors import SaveError
 from graft.compiler.plan import Plan
 from graft.compiler.serial import history_data, program_data
@@ -32,7 +33,7 @@ from graft.stored_weights import collect
 if TYPE_CHECKING:
     from graft.compiled import CompiledModel
 
-FORMAT = 1
+FORMAT = 2
 """Of the files, packed parameters included; another one is not read."""
 MANIFEST, PROGRAM, HISTORY, WEIGHTS = "graft.json", "program.json", "history.json", "weights.safetensors"
 PACKAGE = "graft-lm"
@@ -43,7 +44,7 @@ def save(compiled: CompiledModel, folder: str | Path) -> None:
     folder = Path(folder).expanduser().resolve()
     check_replaceable(folder)
     with compiled.generator.lock:
-        entries, tensors = collect(compiled.program, compiled.decoder.executable.replaced())
+        entries, tensors = collect(compiled.program, replaced(compiled.executables))
         program = program_data(compiled.program) | {"parameters": entries}
         manifest, history = describe(compiled), history_data(compiled.program)
         texts = {PROGRAM: as_text(program), HISTORY: as_text(history)}

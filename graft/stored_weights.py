@@ -20,12 +20,11 @@ WHERE = "parameters"
 def collect(program: Program, replaced: Mapping[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """A description of every parameter that the program or one of its snapshots reads, and the tensors to store.
 
-    `replaced` are the packed parameters of "forward", by name. What snapshots alone read is described, not stored: it
-    is needed for listings and never run. Raises SaveError for a parameter that was given up and is needed.
+    `replaced` are the parameters that the functions need packed alone (codegen.release.replaced), by name. What
+    snapshots alone read is described, not stored: it is needed for listings and never run. Raises SaveError for a
+    parameter that was given up and is needed.
     """
-    by_function = {function.name: set(reads(function)) for function in program.functions.values()}
-    current = set().union(*by_function.values())
-    elsewhere = set().union(*(names for function, names in by_function.items() if function != "forward"))
+    current = {name for function in program.functions.values() for name in reads(function)}
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     first: dict[tuple, str] = {}
@@ -46,7 +45,7 @@ def collect(program: Program, replaced: Mapping[str, Tensor]) -> tuple[list[dict
         if not ties:
             continue
         packed = next((replaced[one] for one in ties & replaced.keys()), None)
-        if packed is not None and not elsewhere.intersection(ties):
+        if packed is not None:
             tensors[name], entry["form"] = packed, "panels"
             continue
         if tensor.is_meta:
@@ -85,7 +84,9 @@ def everything(program: Program) -> dict[str, Tensor]:
 
 def reads(function: Function) -> Iterator[str]:
     """Names of what the function reads."""
-    return (node.target for node in function.graph.nodes if node.op == "get_attr")
+    yield from (node.target for node in function.graph.nodes if node.op == "get_attr")
+    if function.draft_vocabulary:
+        yield function.draft_vocabulary
 
 
 def identity(tensor: Tensor) -> tuple:

@@ -79,6 +79,12 @@ class Decoder:
         """State of drafters that outlives a generate() call (compiler.drafting.Target)."""
         self.first_token: int | None = None
         """What texts start with, where the model has such a token."""
+        self.functions: dict[str, Decoder] = {}
+        """Of the target: what runs the functions that draft, by name."""
+        self.keeps_hidden = False
+        """Whether `hidden` is wanted."""
+        self.hidden: Tensor | None = None
+        """[rows, width]: the second result of the latest call, of a target the final hidden states of every row."""
 
     def open(self) -> int:
         """A free slot for a new sequence."""
@@ -92,8 +98,11 @@ class Decoder:
         """Committed tokens of the slot."""
         return self.store.lengths[slot]
 
-    def forward(self, rows: Rows) -> Tensor:
-        """float32 logits [len(rows.wanted), vocabulary]; the rows are appended to their slots, uncommitted."""
+    def forward(self, rows: Rows, *own: Tensor) -> Tensor:
+        """float32 logits [len(rows.wanted), vocabulary]; the rows are appended to their slots, uncommitted.
+
+        `own` are the function's row inputs (compiler.program.Function.row_inputs), one value for each row.
+        """
         if not rows.tokens:
             raise StateError("a call needs at least one row", found="none")
         self.store.append(rows.slots)
@@ -101,11 +110,12 @@ class Decoder:
             with torch.inference_mode():
                 columns = [rows.tokens, rows.positions, rows.slots, rows.parents, self.store.lengths, rows.wanted]
                 inputs = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
-                logits, _ = self.executable(*inputs, *self.store.select(self.function.states))
+                logits, hidden = self.executable(*inputs, *own, *self.store.select(self.function.states))
         except BaseException:
             for slot in set(rows.slots):
                 self.store.rollback(slot)
             raise
+        self.hidden = hidden if self.keeps_hidden else None
         return logits
 
     def top(self, logits: Tensor, count: int) -> Tensor:

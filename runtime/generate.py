@@ -44,6 +44,8 @@ class Generator:
         self.decoder, self.face, self.host = decoder, face, host
         self.drafter, self.policy, self.controller, self.verifier = drafter, policy, controller, verifier
         self.nodes = nodes
+        if drafter is not None and drafter.reads_hidden != "no":
+            decoder.keeps_hidden = True
         self.step_times = StepTimes(decoder)
         self.stats: dict[str, Any] = {}
         """What the last finished call showed, see Stats.summary."""

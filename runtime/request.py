@@ -108,6 +108,7 @@ class Request:
     open: bool = True
     """Whether it holds its slot."""
     prompt_best: list[np.ndarray] = field(default_factory=list)
+    prompt_hidden: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     """Processed logits [vocabulary] of every new token, where the call asked for them."""
     logits: list[Tensor] = field(default_factory=list)

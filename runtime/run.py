@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft.compiler.drafting import Context, Control, Drafter, Drafting, DraftTree, Outcome, Verifier
+from graft.compiler.drafting import Context, Control, Drafter, Drafting, DraftTree, HiddenRows, Outcome, Verifier
 from graft.compiler.errors import GenerationError
 from graft.runtime.decoder import Decoder, Rows
 from graft.runtime.request import SAMPLING, Request, Sampling, TargetRows
@@ -34,8 +34,10 @@ class Span:
 
     request: Request
     rows: int
+    start: int
+    """Its first row in the call."""
     first: int
-    """Place of its first row among those whose logits were asked for."""
+    """Place of that row among those whose logits were asked for."""
     tree: DraftTree | None
     """None for a prompt chunk."""
 
@@ -61,6 +63,7 @@ class Run:
         self.times: StepTimes | None = None
         self.observes = drafter.observes if drafter else 0
         self.observes_prompt = drafter.observes_prompt if drafter else False
+        self.reads_hidden: HiddenRows = drafter.reads_hidden if drafter else "no"
         self.plain = not settings.sample
         self.requests: list[Request] = []
         self.live: list[Request] = []
@@ -164,7 +167,7 @@ def lay_out(run: Run, trees: dict[int, DraftTree] | None = None) -> Rows:
             tree = trees.get(request.row) if trees else None
             tree = DraftTree() if tree is None else tree
             rows.add_tree(request.slot, tokens[-1], tree.tokens, tree.parents, len(tokens) - 1)
-        spans.append(Span(request, len(rows) - before, first, tree))
+        spans.append(Span(request, len(rows) - before, before, first, tree))
     run.spans = spans
     run.stats.mark("overhead")
     return rows
@@ -183,9 +186,12 @@ def verify(run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None) 
     run.target_seconds = seconds + run.stats.mark("model")
     decisions = []
     place = 0
+    hidden = run.decoder.hidden if run.reads_hidden != "no" else None
     for span in run.spans:
         request, tree = span.request, span.tree
         if tree is None:
+            if hidden is not None and run.reads_hidden == "all":
+                request.prompt_hidden.append(hidden[span.start : span.start + span.rows])
             if top is not None and run.observes_prompt:
                 request.prompt_best.append(top[span.first : span.first + span.rows])
             place += 1
@@ -198,7 +204,11 @@ def verify(run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None) 
         if top is not None:
             last = span.first + (span.rows - 1 if run.observes_prompt else 0)
             seen = top[last : last + 1] if tree is None else top[span.first : span.first + span.rows]
-        decisions.append(Decision(span, view, Outcome(view.tree, path, token, seen)))
+        outcome = Outcome(view.tree, path, token, seen)
+        if hidden is not None:
+            end = span.start + span.rows
+            outcome.hidden = hidden[end - 1 if tree is None else span.start : end]
+        decisions.append(Decision(span, view, outcome))
         place += 0 if tree is None else span.rows
     return decisions
 
@@ -251,8 +261,13 @@ def begin(run: Run, drafting: Drafting, request: Request) -> None:
     """Tell the drafter of a request whose prompt has been run."""
     run.stats.mark("overhead")
     request.begun = True
-    drafting.begin(request.context, np.concatenate(request.prompt_best) if request.prompt_best else None)
+    best = np.concatenate(request.prompt_best) if request.prompt_best else None
+    if request.prompt_hidden:
+        drafting.begin(request.context, best, torch.cat(request.prompt_hidden))
+    else:
+        drafting.begin(request.context, best)
     request.prompt_best.clear()
+    request.prompt_hidden.clear()
     run.stats.mark("draft")
 
 

@@ -73,5 +73,7 @@ def test_modules_say_what_they_are_for_and_stay_short(path: Path) -> None:
 
 
 def test_nothing_is_pickled() -> None:
-    users = [str(p.relative_to(ROOT)) for p in SOURCES if re.search(r"import pickle|torch\.load\(", p.read_text())]
+    # A torch file that others publish may be read, if nothing in it can be executed.
+    wrong = r"import pickle|torch\.load\((?!.*weights_only=True\))"
+    users = [str(p.relative_to(ROOT)) for p in SOURCES if re.search(wrong, p.read_text())]
     assert not users

@@ -6,27 +6,25 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
 from graft.codegen.cpp.memory import check_panels, pack, place_arrays, row_bytes
-from graft.codegen.kernel_ir import Array, AtenKernel, Kernels, MatmulKernel, parameters_behind
+from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, MatmulKernel, parameters_behind
 from graft.codegen.prediction import Prediction, cached_rates, calibrate
 from graft.codegen.records import record
 from graft.codegen.regions import cut
-from graft.codegen.release import release
-from graft.compiler.program import FLAT, Function, KernelRecord
+from graft.compiler.program import Function, KernelRecord
 from graft.compiler.shapes import attribute
 
-INPUTS = tuple(spec.name for spec in FLAT)
 PROFILED_STEPS = 6
 """Steps that are run for one measurement, the first of which does not count."""
 MOST_BEST = 64
@@ -57,20 +55,25 @@ class CppExecutable:
         self.function, self.isa = function, isa or choose(None)
         self.cut: Kernels = cut(function)
         products = [kernel for kernel in self.cut.kernels if isinstance(kernel, MatmulKernel)]
-        self.packed = frozenset(name for kernel in products for name in kernel.weights)
+        gathers = [kernel.weight for kernel in self.cut.kernels if isinstance(kernel, GatherKernel)]
+        # A table that another function multiplies with is there in panels already, and perhaps in no other form.
+        self.packed = frozenset(
+            (*(name for kernel in products for name in kernel.weights), *(panels or {}).keys() & gathers)
+        )
         self.code = print_code(self.cut.kernels, self.packed)
         self.library, self.path = load(self.code.source, self.isa)
         self.threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
         self.lock = threading.Lock()
         self.team = self.open_team()
-        self.panels: dict[str, Tensor] = dict(panels or {})
+        self.panels: dict[str, Tensor] = {}
         """Packed parameters by name: tied ones are packed once."""
         self.keep: list[Tensor] = []
         """What the addresses point to."""
         self.addresses = np.zeros(len(self.code.places) + 1, np.int64)
         self.schedule, self.arguments = np.array(self.code.schedule, np.int32), np.array(self.code.arguments, np.int32)
-        self.place_weights()
-        self.external = frozenset((*INPUTS, *(array.name for array in self.cut.outputs)))
+        self.place_weights(panels or {})
+        self.inputs = tuple(spec.name for spec in function.inputs)
+        self.external = frozenset((*self.inputs, *(array.name for array in self.cut.outputs)))
         self.offsets, self.bytes_per_row = place_arrays(self.cut.kernels, self.external)
         self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.arrays}
         self.seconds: np.ndarray | None = None
@@ -105,13 +108,18 @@ class CppExecutable:
             for s in self.function.states
         ]
         count = torch.arange(rows)
-        inputs = (count * 0 + 1, context + count, count * 0, count - 1, torch.tensor([context]), count)
+        inputs = [count * 0 + 1, context + count, count * 0, count - 1, torch.tensor([context]), count]
+        widths = ([size for size in spec.sizes if isinstance(size, int)] for spec in self.function.row_inputs)
+        own = [
+            torch.zeros(rows, *width, dtype=spec.dtype)
+            for spec, width in zip(self.function.row_inputs, widths, strict=True)
+        ]
         measured = []
         with self.lock, torch.inference_mode():
             try:
                 for _ in range(PROFILED_STEPS):
                     self.seconds = np.zeros(len(self.schedule) // 2)
-                    self.run((*inputs, *states))
+                    self.run((*inputs, *own, *states))
                     measured.append(self.seconds)
             finally:
                 self.seconds = None
@@ -134,9 +142,11 @@ class CppExecutable:
         weakref.finalize(self, self.library.graft_close, team)
         return team
 
-    def place_weights(self) -> None:
-        """Pack every parameter that is multiplied with, once, and note where everything constant lies."""
-        packed: dict[int, Tensor] = {}
+    def place_weights(self, given: Mapping[str, Tensor]) -> None:
+        """Pack every parameter that is multiplied with and not among those given packed, once, and note where
+        everything constant lies."""
+        held = ((attribute(self.function.weights, name), panels) for name, panels in given.items())
+        packed = {parameter.data_ptr(): panels for parameter, panels in held if not parameter.is_meta}
         for name, number in self.code.places.items():
             kind, _, path = name.partition(" ")
             if kind in ("weight", "bias", "table"):
@@ -144,11 +154,11 @@ class CppExecutable:
                 if kind != "weight":
                     self.point(number, parameter.contiguous())
                     continue
-                if path in self.panels:
-                    check_panels(self.panels[path], parameter, path)
-                else:
-                    place = parameter.data_ptr()
-                    packed[place] = self.panels[path] = packed[place] if place in packed else pack(parameter)
+                place = parameter.data_ptr()
+                if path not in given and place not in packed:
+                    packed[place] = pack(parameter)
+                self.panels[path] = given[path] if path in given else packed[place]
+                check_panels(self.panels[path], parameter, path)
                 self.point(number, self.panels[path])
             elif kind == "wide":
                 constant = self.cut.constants[path]
@@ -158,25 +168,14 @@ class CppExecutable:
                 constant = self.cut.constants[name]
                 self.point(number, constant.float() if constant.dtype == torch.bool else constant)
 
-    def packed_only(self) -> set[int]:
-        """Where the parameters lie that are read as panels, and in no other way even when this is built again."""
+    def read_plain(self) -> set[int]:
+        """See codegen.executable.Executable."""
         aten = [kernel for kernel in self.cut.kernels if isinstance(kernel, AtenKernel)]
         read = [name for kernel in aten for name in parameters_behind(kernel.nodes, kernel.operands)]
         others = {attribute(self.function.weights, name).data_ptr() for name in read}
         constants = [node for node in self.cut.function.graph.nodes if node.name in self.cut.constants]
         others |= {attribute(self.function.weights, name).data_ptr() for name in parameters_behind(constants)}
-        own = {attribute(self.function.weights, name).data_ptr() for name in self.panels}
-        return own - others - {tensor.data_ptr() for tensor in self.keep}
-
-    def replaced(self) -> dict[str, Tensor]:
-        """See codegen.executable.Executable."""
-        places = self.packed_only()
-        found = {name: attribute(self.function.weights, name) for name in self.panels}
-        return {name: self.panels[name] for name, one in found.items() if one.is_meta or one.data_ptr() in places}
-
-    def release(self, modules: Sequence[nn.Module]) -> int:
-        """Give up the modules' parameters that are held as panels; returns the bytes given back."""
-        return release([*modules, self.function.weights], self.packed_only())
+        return others | {tensor.data_ptr() for tensor in self.keep}
 
     def point(self, number: int, tensor: Tensor) -> None:
         """Let an address be that of a tensor that stays."""
@@ -198,7 +197,8 @@ class CppExecutable:
             # In a forked child: the threads are not here, and one that held the lock may not be either.
             self.lock, self.team = threading.Lock(), self.open_team()
         with self.lock:
-            return self.run((*(one.contiguous() for one in inputs[: len(INPUTS)]), *inputs[len(INPUTS) :]))
+            count = len(self.inputs)
+            return self.run((*(one.contiguous() for one in inputs[:count]), *inputs[count:]))
 
     def top(self, logits: Tensor, count: int) -> Tensor | None:
         """See codegen.executable.Executable."""
@@ -215,12 +215,12 @@ class CppExecutable:
         rows, results = inputs[0].shape[0], inputs[5].shape[0]
         if max(rows, results) > self.capacity:
             self.grow(max(rows, results, 2 * self.capacity))
-        states = inputs[len(INPUTS) :]
+        states = inputs[len(self.inputs) :]
         outputs = [
             torch.empty(results if array.rows == "R" else rows, array.width, dtype=array.dtype)
             for array in self.cut.outputs
         ]
-        given = dict(zip(INPUTS, inputs, strict=False)) | {
+        given = dict(zip(self.inputs, inputs, strict=False)) | {
             array.name: tensor for array, tensor in zip(self.cut.outputs, outputs, strict=True)
         }
         for name, tensor in (*given.items(), *((f"state {i}", state) for i, state in enumerate(states))):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.memory import place_arrays
@@ -23,12 +24,11 @@ from graft.codegen.regions import cut
 from graft.codegen.triton.layout import lay_out, levels_of
 from graft.codegen.triton.library import Launch, load, print_code
 from graft.compiler.errors import LoweringError
-from graft.compiler.program import FLAT, Function, KernelRecord
+from graft.compiler.program import Function, KernelRecord
 from graft.compiler.shapes import attribute
 
-INPUTS = tuple(spec.name for spec in FLAT)
-ABSENT = {"tokens": 0, "positions": 0, "sequences": -1, "parents": -1, "wanted": 0}
-"""What the rows are filled up with that a bucket has beyond those of the call."""
+ABSENT = {"sequences": -1, "parents": -1}
+"""What the rows are filled up with, where not with 0, that a bucket has beyond those of the call."""
 MOST_ROWS = 64
 """Steps of at most so many rows run in buckets, as CUDA graphs; larger ones are bound by their work, not launches."""
 MOST_GRAPHS = 16
@@ -73,7 +73,8 @@ class TritonExecutable:
         self.parameters: dict[str, Tensor] = {}
         self.lock = threading.Lock()
         self.constants = {name: self.constant(value) for name, value in self.cut.constants.items()}
-        external = frozenset((*INPUTS, *(array.name for array in self.cut.outputs)))
+        self.inputs = {spec.name: spec for spec in function.inputs}
+        external = frozenset((*self.inputs, *(array.name for array in self.cut.outputs)))
         self.offsets, self.bytes_per_row = place_arrays(self.cut.kernels, external)
         scratch = max((launch.printed.scratch for launch in self.code.launches), default=0)
         self.scratch_at, self.bytes_per_row = self.bytes_per_row, self.bytes_per_row + -(-scratch // 16) * 64
@@ -100,13 +101,12 @@ class TritonExecutable:
         """See codegen.executable.Executable."""
         return None
 
-    def release(self, modules: Sequence[nn.Module]) -> int:
-        """Nothing: no parameter is held in another form."""
-        return 0
+    panels: Mapping[str, Tensor] = MappingProxyType({})
 
-    def replaced(self) -> Mapping[str, Tensor]:
-        """None, for the same reason."""
-        return {}
+    def read_plain(self) -> set[int]:
+        """See codegen.executable.Executable: no parameter is held in another form."""
+        names = [node.target for node in self.function.graph.nodes if node.op == "get_attr"]
+        return {attribute(self.function.weights, name).data_ptr() for name in names}
 
     @property
     def source(self) -> str:
@@ -127,7 +127,7 @@ class TritonExecutable:
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """One step: inputs copied into the bucket's, its segments, the part of its outputs that is the call's."""
-        given, states = dict(zip(INPUTS, inputs, strict=False)), inputs[len(INPUTS) :]
+        given, states = dict(zip(self.inputs, inputs, strict=False)), inputs[len(self.inputs) :]
         count = {"N": given["tokens"].shape[0], "R": given["wanted"].shape[0]}
         # Rows that a bucket has beyond the call's are not computed by ATen: what lies there could be anything.
         sizes = count if self.mixed else {kind: bucket_size(size) for kind, size in count.items()}
@@ -146,7 +146,7 @@ class TritonExecutable:
             size = len(given[name])
             buffer[:size].copy_(given[name])
             if size < len(buffer):
-                buffer[size:].fill_(ABSENT[name])
+                buffer[size:].fill_(ABSENT.get(name, 0))
         bucket.count.update(count)
         self.run_segments(bucket, small and self.device.type == "cuda")
         parts = [out[: count[array.rows]] for out, array in zip(bucket.outputs, self.cut.outputs, strict=True)]
@@ -172,10 +172,14 @@ class TritonExecutable:
         """Buffers for a number of rows and results, and what is launched on them."""
         if max(sizes.values()) > self.rows:
             self.grow(max(*sizes.values(), 2 * self.rows if self.rows else 1))
-        lengths = {"N": sizes["N"], "R": sizes["R"]}
+        lengths = {"N": sizes["N"], "R": sizes["R"], "S": slots}
         inputs = {
-            name: torch.zeros(slots if name == "lengths" else lengths["R" if name == "wanted" else "N"], **self.whole)
-            for name in INPUTS
+            name: torch.zeros(
+                [lengths[size] if isinstance(size, str) else size for size in spec.sizes],
+                dtype=spec.dtype,
+                device=self.device,
+            )
+            for name, spec in self.inputs.items()
         }
         outputs = tuple(
             torch.empty(sizes[array.rows], array.width, dtype=array.dtype, device=self.device)
@@ -204,11 +208,6 @@ class TritonExecutable:
             else:
                 bucket.segments.append((ours, steps))
         return bucket
-
-    @property
-    def whole(self) -> dict[str, Any]:
-        """Options of a tensor of whole numbers."""
-        return {"dtype": torch.int64, "device": self.device}
 
     @property
     def rows(self) -> int:

@@ -90,7 +90,7 @@ class ModelDrafting(FunctionDrafting):
         super().__init__(decoder, policy, sample=spec.sample, candidates=spec.candidates)
         self.key = f"draft model {id(self)}"
 
-    def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
+    def begin(self, context: Context, prompt_best: np.ndarray | None, prompt_hidden: Tensor | None = None) -> None:
         """See `Drafting.begin`; the prompt is run with the first proposal."""
         context.data[self.key] = Held(self.decoder.open())
 

@@ -8,9 +8,22 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+from torch import Tensor
 
-from graft.compiler.drafting import ROOT, Context, Drafter, Drafting, DraftKind, DraftTree, Outcome, Target, TreePolicy
+from graft.compiler.drafting import (
+    ROOT,
+    Context,
+    Drafter,
+    Drafting,
+    DraftKind,
+    DraftTree,
+    HiddenRows,
+    Outcome,
+    Target,
+    TreePolicy,
+)
 from graft.compiler.errors import PlanError
+from graft.compiler.passing import Pass
 from graft.runtime.drafters.tables import CERTAIN, TableDrafter, TableDrafting, Trust
 from graft.runtime.tree_policies import best_nodes
 
@@ -56,6 +69,17 @@ class Merge(Drafter):
         """Whether one of the drafters does."""
         return any(drafter.observes_prompt for drafter in self.drafters)
 
+    @property
+    def reads_hidden(self) -> HiddenRows:
+        """The most that one of the drafters asks for."""
+        asked = {drafter.reads_hidden for drafter in self.drafters}
+        return "all" if "all" in asked else "rows" if "rows" in asked else "no"
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Those of all drafters."""
+        return tuple(one for drafter in self.drafters for one in drafter.passes)
+
     def open(self, target: Target, policy: TreePolicy) -> Drafting:
         """See `Drafter.open`."""
         tables = [drafter for drafter in self.drafters if isinstance(drafter, TableDrafter)]
@@ -81,11 +105,11 @@ class Merging:
 
     KEY = "merged drafters"
 
-    def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
+    def begin(self, context: Context, prompt_best: np.ndarray | None, prompt_hidden: Tensor | None = None) -> None:
         """See `Drafting.begin`."""
         context.data[self.KEY] = _Memory([Trust([_LEVELS]) for _ in self.parts])
         for part in self.parts:
-            part.begin(context, prompt_best)
+            part.begin(context, prompt_best, prompt_hidden)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """See `Drafting.propose`."""

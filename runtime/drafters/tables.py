@@ -15,6 +15,7 @@ from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from graft.compiler.drafting import ROOT, Candidates, Context, Drafter, DraftTree, Outcome, Target, TreePolicy
 
@@ -183,7 +184,7 @@ class TableDrafting:
         for drafter in self.drafters:
             drafter.prepare(self.target)
 
-    def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
+    def begin(self, context: Context, prompt_best: np.ndarray | None, prompt_hidden: Tensor | None = None) -> None:
         """See `Drafting.begin`; the prompt is learnt here."""
         tables = []
         for drafter in self.drafters:

@@ -140,7 +140,7 @@ class OracleDrafting:
     begun: int = 0
     ended: int = 0
 
-    def begin(self, context: Context, prompt_best: object) -> None:
+    def begin(self, context: Context, prompt_best: object, prompt_hidden: object = None) -> None:
         self.begun += 1
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:

@@ -100,7 +100,7 @@ class Saying:
         self.live = 0
         self.fails = False
 
-    def begin(self, context: Context, prompt_best: np.ndarray | None) -> None:
+    def begin(self, context: Context, prompt_best: object, prompt_hidden: object = None) -> None:
         self.live += 1
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:

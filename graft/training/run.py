@@ -1,0 +1,258 @@
+"""train_heads(): features, a loop over shards that can be interrupted and resumed, and the folder that comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graft.compiled import CompiledModel
+from graft.compiler.errors import CheckpointError
+from graft.compiler.shapes import attribute
+from graft.compiler.trunk import find_trunk
+from graft.passes.heads.config import HeadsConfig, Prefix
+from graft.passes.heads.dialects import CONFIG, WEIGHTS
+from graft.training.features import Sample, Shards, Texts, compute, replace_text, sequences
+from graft.training.networks import HeadsNetwork
+from graft.training.options import TrainOptions
+from graft.training.steps import Figures, batches, losses, measure
+
+Say = Callable[[str], None]
+WORK = "training"
+"""Folder inside the result's for what a run needs to go on; removed when it is finished."""
+SETTINGS, STATE, PROGRESS = "settings.json", "state.safetensors", "progress"
+
+
+def train_heads(
+    compiled: CompiledModel,
+    texts: Texts,
+    folder: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    name: str = "",
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Train draft heads for a compiled model on `texts` and write them to `folder`, for `graft.Heads(folder)`.
+
+    `compiled` must be the target without approximations, with its parameters (compiled without `release`); training
+    runs on its device. `name` says in the result which model they are for. Interrupted, the same call goes on where it
+    was; the result is that of a run that was not. Returns the figures that are in config.json too: loss and top-1 of
+    each head and simulated tokens per step, on sequences that were not trained on.
+
+    Raises CheckpointError where the folder holds something else or a run with other options or text, and where there
+    is too little text.
+    """
+    options, folder = options or TrainOptions(), Path(folder).expanduser()
+    say = say or (lambda _: None)
+    work = claim(folder, settings(compiled, texts, options))
+    shards = Shards(work)
+    found = sequences(compiled, texts, work, options.length, options.new_tokens)
+    count = min(options.labels, compiled.decoder.vocabulary)
+    shards.build(found, lambda one: compute(compiled, one, count), lambda done: say(f"hidden states of {done} tokens"))
+    run = Run(compiled, shards, options, work)
+    run.resume()
+    figures = run.train(say)
+    return finish(run, folder, figures, {"model": name, "data": texts.digest, **asdict(options)})
+
+
+def settings(compiled: CompiledModel, texts: Texts, options: TrainOptions) -> str:
+    """What must be the same for a run to be resumed."""
+    config = compiled.generator.face.config.to_dict()
+    shown = {key: config.get(key) for key in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")}
+    return json.dumps({"options": asdict(options), "data": texts.digest, "model": shown}, sort_keys=True)
+
+
+def claim(folder: Path, wanted: str) -> Path:
+    """The folder of a run's state, new or of the same run."""
+    work = folder / WORK
+    if (work / SETTINGS).is_file():
+        if (held := (work / SETTINGS).read_text()) != wanted:
+            raise CheckpointError(
+                "another training run was begun here",
+                expected=wanted,
+                found=held,
+                where=folder,
+                remedy="go on with the same options and text, or choose another folder",
+            )
+        return work
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(
+            "heads are trained into a folder of their own",
+            expected="no folder, an empty one, or a run that was interrupted",
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:8]),
+            where=folder,
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    replace_text(work / SETTINGS, wanted)
+    return work
+
+
+class Run:
+    """The state of one run: network, optimiser, and how far it has come."""
+
+    def __init__(self, compiled: CompiledModel, shards: Shards, options: TrainOptions, work: Path) -> None:
+        self.shards, self.options, self.work = shards, options, work
+        self.device, size = compiled.decoder.device, compiled.decoder.vocabulary
+        embedding, matrix = tables(compiled)
+        count = min(options.vocabulary or size, size)
+        self.chosen = shards.frequent(count, size) if count < size else torch.arange(size)
+        self.embedding = embedding.float()
+        unembedding = matrix[self.chosen.to(self.device)]
+        self.dtype = unembedding.dtype
+        self.draft_id = torch.full((size,), -1, device=self.device)
+        self.draft_id[self.chosen.to(self.device)] = torch.arange(count, device=self.device)
+        self.config = HeadsConfig(
+            options.kind, options.heads, int(unembedding.shape[1]), count, options.layers, options.unembedding,
+            reduced=count < size, prefix=prefix_of(compiled) if options.prefix else None,
+        )  # fmt: skip
+        self.network = HeadsNetwork(self.config, unembedding, options.seed).to(self.device)
+        decay = options.weight_decay
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.rate, weight_decay=decay)
+        total = sum(shards.sizes or ())
+        generator = torch.Generator().manual_seed(options.seed)
+        held = torch.randperm(total, generator=generator)[: max(1, round(options.held_out * total))]
+        self.held_out = frozenset(held.tolist())
+        if len(self.held_out) == total:
+            raise CheckpointError("there is too little text to train on", found=f"{total} sequences", where=work.parent)
+        self.progress: dict[str, Any] = {"epoch": 0, "shard": 0, "step": 0, "steps": 0, "best": None, "waited": 0}
+        self.best = self.network.named()
+
+    def sequences(self, number: int, held_out: bool) -> list[Sample]:
+        """Those of a shard that are trained on, or those that are measured on."""
+        first = sum((self.shards.sizes or [])[:number])
+        found = enumerate(self.shards.read(number), first)
+        return [one for place, one in found if (place in self.held_out) is held_out]
+
+    def train(self, say: Say) -> Figures:
+        """All epochs that are left, or until measurements no longer improve; the figures of the best one."""
+        options, progress = self.options, self.progress
+        while progress["epoch"] < options.epochs and progress["waited"] < options.patience:
+            order = self.order(progress["epoch"])
+            while progress["shard"] < len(order):
+                self.train_shard(order[progress["shard"]], say)
+                progress["shard"] += 1
+                self.save()
+            progress["epoch"], progress["shard"] = progress["epoch"] + 1, 0
+            if not progress["steps"]:
+                progress["steps"] = progress["step"] * options.epochs
+            figures = self.measured()
+            if progress["best"] is None or figures["loss"] < progress["best"]["loss"]:
+                progress["best"], progress["waited"] = figures, 0
+                self.best = {name: tensor.clone() for name, tensor in self.network.named().items()}
+            else:
+                progress["waited"] += 1
+            self.save()
+            measured = f"held-out loss {figures['loss']:.3f}, {figures['tokens_per_step']:.2f} tokens a step"
+            say(f"epoch {progress['epoch']}: {measured}")
+        best: Figures = progress["best"]
+        return best
+
+    def order(self, epoch: int) -> list[int]:
+        """The shards in the order of an epoch."""
+        generator = torch.Generator().manual_seed(self.options.seed * 1000 + epoch + 1)
+        return torch.randperm(len(self.shards.sizes or ()), generator=generator).tolist()
+
+    def train_shard(self, number: int, say: Say) -> None:
+        """One step for each batch of a shard; nothing is kept of a shard that is not finished."""
+        options, progress = self.options, self.progress
+        for batch in batches(self.sequences(number, False), options.batch):
+            for group in self.optimiser.param_groups:
+                group["lr"] = options.rate * self.schedule(progress["step"])
+            self.optimiser.zero_grad(set_to_none=True)
+            each = losses(self.network, batch, self.embedding, self.draft_id)
+            total = sum(loss * options.decay**head for head, loss in enumerate(each))
+            assert isinstance(total, Tensor)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimiser.step()
+            progress["step"] += 1
+            say(f"epoch {progress['epoch'] + 1}, step {progress['step']}: loss {float(total.detach()):.3f}")
+
+    def schedule(self, step: int) -> float:
+        """Part of the learning rate: the first epoch, by which the steps are counted, runs at all of it."""
+        steps = self.progress["steps"]
+        if not steps:
+            return min(1.0, (step + 1) / 20)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+    def measured(self) -> Figures:
+        """The figures on what is held out."""
+        held = (batch for number in range(len(self.shards.sizes or ())) for batch in self.held_batches(number))
+        return measure(self.network, held, self.embedding, self.draft_id)
+
+    def held_batches(self, number: int) -> Iterator[list[Sample]]:
+        """What is held out of a shard."""
+        yield from batches(self.sequences(number, True), self.options.batch)
+
+    def save(self) -> None:
+        """Everything that the run needs to go on, in one file and a small one behind it."""
+        tensors = {f"now {name}": tensor for name, tensor in self.network.named().items()}
+        tensors |= {f"best {name}": tensor for name, tensor in self.best.items()}
+        for number, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"moment {number} {key}": torch.as_tensor(value) for key, value in state.items()}
+        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        temporary = self.work / f"{STATE}.part"
+        # One file: state and progress cannot belong to different moments.
+        save_file(held, temporary, metadata={PROGRESS: json.dumps(self.progress)})
+        temporary.replace(self.work / STATE)
+
+    def resume(self) -> None:
+        """Take up what was saved, if anything was."""
+        file = self.work / STATE
+        if not file.is_file():
+            return
+        with safe_open(file, framework="pt") as opened:
+            self.progress = json.loads(opened.metadata()[PROGRESS])
+        held = load_file(file)
+        own = self.network.named()
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(held[f"now {name}"])
+        self.best = {name: held[f"best {name}"] for name in own}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in held.items():
+            if name.startswith("moment "):
+                _, number, key = name.split(" ")
+                state.setdefault(int(number), {})[key] = tensor
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
+
+
+def tables(compiled: CompiledModel) -> tuple[Tensor, Tensor]:
+    """The target's embedding and unembedding. Raises CheckpointError where they were given up."""
+    forward = compiled.program["forward"]
+    trunk = find_trunk(forward.graph)
+    nodes = (trunk.embedding.args[0], trunk.unembedding.args[1])
+    found = [attribute(forward.weights, node.target) for node in nodes]
+    if any(tensor.is_meta for tensor in found):
+        raise CheckpointError("heads are trained with the target's own tables", remedy="compile without release")
+    return found[0].detach(), found[1].detach()
+
+
+def prefix_of(compiled: CompiledModel) -> Prefix:
+    """A prefix layer of the shape of the target's own layers."""
+    config, state = compiled.generator.face.config, compiled.program["forward"].states[0]
+    heads = int(config.num_attention_heads)
+    inside = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
+    return Prefix(heads, state.heads, int(config.hidden_size) // heads, inside)
+
+
+def finish(run: Run, folder: Path, figures: Figures, about: dict[str, Any]) -> dict[str, Any]:
+    """Write the heads, then remove what only the run needed."""
+    tensors = {name: tensor.to("cpu", run.dtype).contiguous() for name, tensor in run.best.items()}
+    if run.config.reduced:
+        tensors["draft_vocabulary"] = run.chosen
+    run.config.check(tensors, folder)
+    save_file(tensors, folder / f"{WEIGHTS}.part")
+    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
+    replace_text(folder / CONFIG, json.dumps({**run.config.to_json(), "figures": figures, "training": about}, indent=2))
+    shutil.rmtree(folder / WORK)
+    return figures

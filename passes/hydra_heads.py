@@ -1,0 +1,71 @@
+"""Add Hydra's heads as functions that draft, one for each level: a head sees the tokens drafted before it.
+
+before:
+    hidden = norm(h)
+    return linear(hidden, unembedding), hidden
+after, for head i, beside the unchanged target:
+    u = cat([hidden, embedding(table, token_i), ..., embedding(table, tokens)], -1)
+    x = add(linear(u, r, c), silu(linear(u, w, b)))
+    logits = linear(x, unembedding_i)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from graft.compiler.building import Builder
+from graft.compiler.canonical import aten
+from graft.compiler.nodes import Value, cat
+from graft.compiler.passing import Contract, Pass, View, lossless
+from graft.compiler.program import Input, KVState
+from graft.passes.heads.graphs import Installed, decoder_layer, install, rms_norm
+from graft.passes.merge_linears import MergeLinears
+
+
+@dataclass(frozen=True)
+class HydraHeads(Pass):
+    """Hydra (2402.05109): head i reads the hidden state at t and the tokens from t + 1 to t + 1 + i.
+
+    With a prefix layer (Hydra++) the first function runs it over the hidden states of accepted tokens, with a KV of its
+    own, and hands on its result in the place of the hidden state.
+    """
+
+    folder: Path
+    """Trained heads: graft's own layout, or Hydra's (passes/heads/dialects.py)."""
+    function: str = "heads"
+    """Of head i the function is called `function`_i; the parameters stand under it in the model."""
+
+    contract: ClassVar[Contract] = lossless
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical", "kv-cache"})
+
+    def run(self, view: View) -> None:
+        """A level's `tokens` are the last on the path, `token_k` those k before it; hidden is what unembeddings read,
+        with a prefix layer of level 0 the layer's result."""
+        heads = install(view, self.folder, "hydra", self.function)
+        for level in range(heads.config.heads):
+            self.add_level(view, heads, level)
+
+    def add_level(self, view: View, heads: Installed, level: int) -> None:
+        """The function of one head."""
+        name, prefix = f"{self.function}_{level}", heads.config.prefix if level == 0 else None
+        earlier = [f"token_{back}" for back in range(level, 0, -1)]
+        inputs = [heads.hidden, *(Input(token, ("N",), torch.int64) for token in earlier)]
+        states = []
+        if prefix is not None:
+            states = [KVState("kv", 1, prefix.kv_heads, prefix.head_dim, prefix.head_dim, heads.dtype)]
+        builder = Builder(view, name, inputs, states)
+        hidden, written = builder["hidden"], list[Value]()
+        if prefix is not None:
+            hidden, kv = decoder_layer(builder, hidden, heads.path("prefix"), prefix, states[0])
+            hidden, written = rms_norm(builder, hidden, heads.path("prefix.norm"), prefix.eps), [kv]
+        read = cat([hidden, *(builder.embed(token, heads.table) for token in (*earlier, "tokens"))])
+        activated = builder.linear(read, heads.path(f"{level}.input")).apply(aten.silu.default)
+        x = builder.linear(read, heads.path(f"{level}.residual")) + activated
+        x = heads.blocks(builder, x, level)
+        logits = heads.logits(builder, builder.wanted(x), level)
+        heads.finish(builder, logits, hidden if prefix is not None else x, *written)
+        MergeLinears().run(View(view.program, view.by, (name,)))

@@ -110,6 +110,13 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return max(0.0, torch.cat(total).mean().item())
 
 
+def agreement(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Share of all tokens behind which both have the same best token, from logits [length, vocabulary] of each
+    sequence."""
+    same = [old.argmax(-1) == new.argmax(-1) for old, new in zip(before, after, strict=True)]
+    return torch.cat(same).double().mean().item()
+
+
 def own_sample(function: Function, lengths: Sequence[int] = (8, 5), seed: int = 0) -> Sample:
     """Text that the function itself samples, at temperature 1: sequences of these lengths, each from a first token
     drawn uniformly. The same function and seed always give the same text."""

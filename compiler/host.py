@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ class Host:
         """Raise CheckError unless every name is a name, every call has a target and every argument a value."""
         for word in (self.name, *self.parameters):
             check_name(word, self.name)
-        known = {*functions, *primitives}
+        known = {*functions, *primitives, *exit_questions(functions).values()}
         for call in all_calls(self.body):
             for word in (call.function, *call.arguments, *call.outputs):
                 check_name(word, str(call))
@@ -132,6 +132,32 @@ def speculative_host() -> Host:
         Call("commit", ("requests", "outcomes")),
     )
     return Host((While(Call("active", ("requests",)), step),))
+
+
+def split_host(layers: Sequence[int]) -> Host:
+    """As `speculative_host`, the target cut in two behind one of these layers: a step runs the layers below for the
+    rows that the draft has not run, then the layers above for all rows. With several layers the draft says which."""
+    below = [
+        (Call(f"shallow_{layer}", ("rows",), ("hidden",)), Call(f"deep_{layer}", ("rows", "hidden"), ("logits",)))
+        for layer in layers
+    ]
+    chosen: tuple[Statement, ...] = below[-1]
+    for layer, calls in reversed(list(zip(layers[:-1], below, strict=False))):
+        chosen = (If(Call(f"exit_{layer}", ("requests",)), calls, chosen),)
+    step = (
+        Call("draft", ("requests",), ("trees",)),
+        Call("lay_out", ("requests", "trees"), ("rows",)),
+        *chosen,
+        Call("verify", ("requests", "logits", "trees"), ("outcomes",)),
+        Call("commit", ("requests", "outcomes")),
+    )
+    return Host((While(Call("active", ("requests",)), step),))
+
+
+def exit_questions(functions: Collection[str]) -> dict[int, str]:
+    """Layer -> the primitive that tells whether the draft left there, for every exit that the functions have."""
+    layers = [name.removeprefix("shallow_") for name in functions if name.startswith("shallow_")]
+    return {int(layer): f"exit_{layer}" for layer in layers if layer.isdecimal()}
 
 
 def print_body(body: tuple[Statement, ...], depth: int) -> Iterator[str]:

@@ -21,6 +21,8 @@ from graft.compiler.errors import CheckError
 from graft.compiler.nodes import Value, call_nodes, new_node, origin_of
 
 BlockKind = Literal["attention", "feed-forward", "parallel"]
+HIDDEN = "hidden"
+"""Name of the input of functions that go on from the stream behind some layer."""
 PART_KINDS: tuple[BlockKind, BlockKind] = ("attention", "feed-forward")
 
 
@@ -192,7 +194,7 @@ def find_trunk(graph: fx.Graph, by: str = "") -> Trunk:
 
 
 def find_embedding(graph: fx.Graph) -> fx.Node:
-    """The gather that reads the tokens."""
+    """The gather that reads the tokens, or the input of hidden states where there is none."""
     tokens = next(node for node in graph.nodes if node.op == "placeholder")
     reached = {tokens}
     for node in graph.nodes:
@@ -200,6 +202,10 @@ def find_embedding(graph: fx.Graph) -> fx.Node:
             return node
         if node.op == "call_function" and reached & set(node.all_input_nodes):
             reached.add(node)
+    # A function that goes on from hidden states starts with those.
+    given = [node for node in graph.nodes if node.op == "placeholder" and node.name == HIDDEN and node.users]
+    if given:
+        return given[0]
     raise CheckError("no embedding reads the tokens", where="tokens")
 
 

@@ -6,6 +6,7 @@ from pkgutil import extend_path
 # holds them all. Extending the path lets `python -m graft` work from the checkout's root too.
 __path__ = extend_path(__path__, __name__)
 
+from graft.calibrating import calibrate_layer_parallel, search_self_draft
 from graft.compiled import CompiledModel
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import (
@@ -30,21 +31,26 @@ from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
 from graft.passes.dead_code import DeadCode
 from graft.passes.drop_block import DropBlock
+from graft.passes.early_exit import EarlyExit
 from graft.passes.hydra_heads import HydraHeads
 from graft.passes.kv_cache import KVCache
+from graft.passes.layer_parallel import LayerParallel
 from graft.passes.medusa_heads import MedusaHeads
 from graft.passes.merge_linears import MergeLinears
 from graft.runtime.controllers import Adaptive, FixedBudget
 from graft.runtime.drafters.draft_model import DraftModel
+from graft.runtime.drafters.early_exits import DEL, Kangaroo, LayerSkip
 from graft.runtime.drafters.heads import Heads
 from graft.runtime.drafters.lookup import Lookup
 from graft.runtime.drafters.recycle import Recycle
+from graft.runtime.drafters.self_draft import SelfDraft
 from graft.runtime.drafters.trie import Trie
 from graft.runtime.tree_policies import BestFirst, Chain, Fixed
 from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch
 from graft.training import TrainOptions, train_heads
 
 __all__ = [
+    "DEL",
     "Adaptive",
     "BestFirst",
     "Canonicalise",
@@ -59,6 +65,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "DropBlock",
+    "EarlyExit",
     "Fixed",
     "FixedBudget",
     "GenerationError",
@@ -67,6 +74,9 @@ __all__ = [
     "Heads",
     "HydraHeads",
     "KVCache",
+    "Kangaroo",
+    "LayerParallel",
+    "LayerSkip",
     "Leviathan",
     "Lookup",
     "LoweringError",
@@ -80,6 +90,7 @@ __all__ = [
     "Recycle",
     "SampleAndMatch",
     "SaveError",
+    "SelfDraft",
     "StateError",
     "TrainOptions",
     "Tree",
@@ -89,10 +100,12 @@ __all__ = [
     "Verifier",
     "View",
     "approximate",
+    "calibrate_layer_parallel",
     "compile",
     "exact",
     "load",
     "lossless",
     "new_node",
+    "search_self_draft",
     "train_heads",
 ]

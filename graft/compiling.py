@@ -16,7 +16,7 @@ from graft.compiler.ordering import ordered
 from graft.compiler.passing import Pass
 from graft.compiler.pipeline import run_passes
 from graft.compiler.plan import Plan
-from graft.compiler.program import DENSE, Function, Program
+from graft.compiler.program import DENSE, Function, KVState, Program
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
 from graft.passes.dead_code import DeadCode
@@ -26,6 +26,7 @@ from graft.runtime.controllers import Adaptive
 from graft.runtime.decoder import Decoder
 from graft.runtime.drafters.merge import Merge
 from graft.runtime.generate import Generator
+from graft.runtime.kv_store import KVOverlay, KVStore
 from graft.runtime.settings import ModelFace
 from graft.runtime.tree_policies import BestFirst
 
@@ -63,7 +64,7 @@ def compile(
             "compile() takes a Plan", found=type(plan).__name__, remedy="Plan.from_spec and Plan.from_toml read text"
         )
     plan.check()
-    passes = [*pipeline(plan), *draft_passes(plan)]
+    passes = pipeline(plan)
     ordered(passes)
     check_backend(backend)
     check_model(model)
@@ -108,15 +109,20 @@ def assembled(program: Program, plan: Plan, decoder: Decoder, face: ModelFace) -
 
 
 def pipeline(plan: Plan) -> list[Pass]:
-    """The passes of a plan, in the order they are asked for; declared facts may move the user's own."""
+    """The passes of a plan, in the order they are asked for; declared facts may move the user's own. A drafter's that
+    work on functions without a cache stand where there is one."""
+    drafting = draft_passes(plan)
+    early = [one for one in drafting if "cache-free" in one.requires]
     return [
         Canonicalise(),
         *plan.target,
         DeadCode(),
         CommonSubexpression(),
+        *early,
         KVCache(),
         MergeLinears(),
         DeadCode(),
+        *(one for one in drafting if one not in early),
     ]
 
 
@@ -152,13 +158,32 @@ def decoder_of(
     codegen.lowering.lower."""
     packed = dict(panels or {})
     target: Decoder | None = None
+    store = KVStore(target_states(program), program[TARGET].device)
     for function in sorted(program.functions.values(), key=lambda one: one.name != TARGET):
         function.lowered = executable = lower(function, backend, packed)
         packed |= executable.panels
         if target is None:
-            target = Decoder(function, executable, vocabulary, positions)
+            target = Decoder(function, executable, vocabulary, positions, store)
         else:
             size = int(function.output.args[0][0].meta["val"].shape[-1])
-            target.functions[function.name] = Decoder(function, executable, size, positions)
+            shares = shares_state(function, target.function)
+            overlay = KVOverlay(store, function.states) if shares else None
+            target.functions[function.name] = Decoder(function, executable, size, positions, overlay)
     assert target is not None
     return target
+
+
+def shares_state(function: Function, target: Function) -> bool:
+    """Whether a function that drafts runs on the target's KV: a state of one name is one state."""
+    return bool({state.name for state in function.states} & {state.name for state in target.states})
+
+
+def target_states(program: Program) -> list[KVState]:
+    """The states of the target, then those that functions which share some of them have besides."""
+    target = program[TARGET]
+    found = {state.name: state for state in target.states}
+    for function in program.functions.values():
+        if shares_state(function, target):
+            found = {state.name: state for state in function.states} | found
+    others = [state for name, state in found.items() if state not in target.states]
+    return [*target.states, *others]

@@ -23,6 +23,7 @@ from graft.compiler.errors import PassError
 from graft.compiler.nodes import call_nodes, new_input, untyped_node
 from graft.compiler.passing import Contract, Pass, View, exact
 from graft.compiler.program import FLAT, Function, KVState
+from graft.compiler.trunk import find_trunk
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,44 @@ class KVCache(Pass):
 
     def run(self, view: View) -> None:
         for function in view.functions:
-            unembedding = view.trunk.unembedding
-            layouts = state_layouts(function)
-            function.inputs = FLAT
-            function.states = tuple(state for state, _ in layouts)
-            inputs = flat_inputs(function)
-            select_wanted(unembedding, inputs["wanted"])
-            states = [thread_state(inputs[state.name], nodes, inputs, view) for state, nodes in layouts]
-            flatten_outputs(function, states)
-            function.graph.eliminate_dead_code()
-            fold_sizes(function)
-            function.derive()
+            flatten(function, state_layouts(function), view)
 
 
-def state_layouts(function: Function) -> list[tuple[KVState, list[fx.Node]]]:
+Layout = tuple[KVState, dict[fx.Node, int]]
+"""A state, and for each attention node that keeps its rows in it the layer there."""
+
+
+def flatten(function: Function, layouts: list[Layout], view: View) -> None:
+    """Bring a dense function, one of the view's, to flat rows over these states."""
+    unembedding = find_trunk(function.graph, view.by).unembedding
+    function.inputs = FLAT
+    function.states = tuple(state for state, _ in layouts)
+    inputs = flat_inputs(function)
+    select_wanted(unembedding, inputs["wanted"])
+    states = [thread_state(inputs[state.name], layers, inputs, view) for state, layers in layouts]
+    flatten_outputs(function, states)
+    function.graph.eliminate_dead_code()
+    fold_sizes(function)
+    function.derive()
+
+
+def row_layout(node: fx.Node) -> tuple[int, int, int, torch.dtype]:
+    """What an attention node keeps of a token: kv heads, key dim, value dim, dtype."""
+    key, value = (argument.meta["val"] for argument in node.args[1:3])
+    return int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), value.dtype
+
+
+def state_layouts(function: Function) -> list[Layout]:
     """Attention nodes grouped by the cache rows they need, one state for each group."""
     groups: dict[tuple, list[fx.Node]] = {}
     for node in call_nodes(function.graph, [graft.attention.default]):
-        key, value = (argument.meta["val"] for argument in node.args[1:3])
-        layout = (int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), value.dtype)
-        groups.setdefault(layout, []).append(node)
+        groups.setdefault(row_layout(node), []).append(node)
     if not groups:
         raise PassError("kv-cache found no attention", where=f"function {function.name}")
     names = ["kv"] if len(groups) == 1 else [f"kv_{index}" for index in range(len(groups))]
     return [
-        (KVState(name, len(nodes), *layout), nodes) for name, (layout, nodes) in zip(names, groups.items(), strict=True)
+        (KVState(name, len(nodes), *layout), {node: layer for layer, node in enumerate(nodes)})
+        for name, (layout, nodes) in zip(names, groups.items(), strict=True)
     ]
 
 
@@ -88,12 +102,12 @@ def select_wanted(unembedding: fx.Node, wanted: fx.Node) -> None:
     unembedding.replace_input_with(hidden, rows)
 
 
-def thread_state(state: fx.Node, nodes: list[fx.Node], inputs: dict[str, fx.Node], view: View) -> fx.Node:
+def thread_state(state: fx.Node, layers: dict[fx.Node, int], inputs: dict[str, fx.Node], view: View) -> fx.Node:
     """Replace the attention nodes by append and attend, the state passed from one to the next; returns the last."""
     graph = state.graph
     sequences, lengths = inputs["sequences"], inputs["lengths"]
     rows = (sequences, inputs["positions"], inputs["parents"], lengths)
-    for index, node in enumerate(nodes):
+    for node, index in layers.items():
         q, k, v, scale, *rest = node.args
         window, softcap, sinks = (*rest, *(0, 0.0, None)[len(rest) :])[:3]
         with graph.inserting_before(node):

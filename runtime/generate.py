@@ -11,10 +11,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import PlanError
-from graft.compiler.host import Host
+from graft.compiler.host import Host, exit_questions
 from graft.runtime.decoder import Decoder
 from graft.runtime.run import PRIMITIVES, Run
 from graft.runtime.settings import ModelFace, Settings, resolve
+from graft.runtime.split import split_of
 from graft.runtime.step_times import StepTimes
 from graft.runtime.verifiers import check_lossless, default_verifier
 
@@ -51,7 +52,10 @@ class Generator:
         """What the last finished call showed, see Stats.summary."""
         for sampling in (False, True):
             self.rule(sampling)
-        self.loop = host.load({decoder.function.name: decoder.forward, **PRIMITIVES})
+        functions = {decoder.function.name: decoder.forward}
+        if exit_questions(decoder.functions):
+            functions |= split_of(decoder).primitives()
+        self.loop = host.load({**functions, **PRIMITIVES})
         self.lock = threading.RLock()
 
     def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:

@@ -19,6 +19,16 @@ from graft.runtime.random import Streams
 SAMPLING = "sampling"
 """Key of `Context.data` under which the request's `Sampling` stands, for drafters that draw as the target does."""
 
+SLOT = "slot"
+"""Key of `Context.data` under which the request's slot in the target's KV store stands, for drafters that share it."""
+
+
+def slot_of(context: Context) -> int:
+    """The request's slot in the target's KV store."""
+    slot = context.data[SLOT]
+    assert isinstance(slot, int)
+    return slot
+
 
 class Sampling:
     """How a request chooses tokens: logits processors, whether it samples, and its random numbers."""

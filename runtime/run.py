@@ -18,7 +18,7 @@ from torch import Tensor
 from graft.compiler.drafting import Context, Control, Drafter, Drafting, DraftTree, HiddenRows, Outcome, Verifier
 from graft.compiler.errors import GenerationError
 from graft.runtime.decoder import Decoder, Rows
-from graft.runtime.request import SAMPLING, Request, Sampling, TargetRows
+from graft.runtime.request import SAMPLING, SLOT, Request, Sampling, TargetRows
 from graft.runtime.settings import Settings
 from graft.runtime.stats import Stats
 from graft.runtime.step_times import StepTimes
@@ -76,11 +76,12 @@ class Run:
         try:
             for row, prompt in enumerate(settings.prompts):
                 sampling = Sampling(row, len(prompt), settings.processors[row], settings.sample, settings.seeds[row])
-                context = Context(list(prompt), len(prompt), {SAMPLING: sampling})
+                slot = self.decoder.open()
+                context = Context(list(prompt), len(prompt), {SAMPLING: sampling, SLOT: slot})
                 limit = len(prompt) + settings.new_tokens
                 # The last token is never run, so a text may be one token longer than the positions.
                 limit = limit if positions is None else min(limit, positions + 1)
-                self.requests.append(Request(row, context, sampling, limit, self.decoder.open()))
+                self.requests.append(Request(row, context, sampling, limit, slot))
         except BaseException:
             self.close()
             raise

@@ -86,6 +86,10 @@ class FunctionDrafting(ABC):
     def settle(self, context: Context) -> None:
         """Cut the cache back to what outlives the proposal."""
 
+    def run(self, rows: Rows) -> Tensor:
+        """float32 logits [len(rows.wanted), vocabulary]; the rows are left uncommitted."""
+        return self.decoder.forward(rows)
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """See `Drafting.propose`; a text that has outgrown the function's positions gets an empty tree."""
         trees = [DraftTree(kind=self.kind) for _ in contexts]
@@ -121,7 +125,7 @@ class FunctionDrafting(ABC):
             if one.keep_shared():
                 self.decoder.truncate(one.slot, len(one.context.tokens) + len(one.kept))
             counts[one.slot] = one.add_rows(rows)
-        logits = self.decoder.forward(rows) if deeper else None
+        logits = self.run(rows) if deeper else None
         for one in deeper:
             if len(one.asked) == 1:
                 self.decoder.commit(one.slot, range(counts[one.slot]))

@@ -107,9 +107,15 @@ def same_cache_as_fresh_prefill(held: Decoder, slot: int, tokens: list[int]) -> 
     rows.add_chain(fresh, tokens[:length], 0)
     held.forward(rows)
     held.commit(fresh, range(length))
-    same = all(torch.allclose(kv[:, slot, :, :length], kv[:, fresh, :, :length]) for kv in held.store.tensors)
+    same = same_rows(held, held.store.select(held.function.states), slot, fresh)
     held.close(fresh)
     return same
+
+
+def same_rows(held: Decoder, tensors: Sequence[Tensor], slot: int, other: int) -> bool:
+    """Whether two slots hold the same in these of the store's tensors."""
+    length = held.length(slot)
+    return all(torch.allclose(kv[:, slot, :, :length], kv[:, other, :, :length]) for kv in tensors)
 
 
 def prompts(*lengths: int, seed: int = 0) -> dict[str, Tensor]:

@@ -1,0 +1,111 @@
+"""SelfDraft: the target drafts for itself, changed by approximate passes, on its own weights and KV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from graft.compiler.drafting import Context, Drafter, Drafting, DraftKind, Outcome, Target, TreePolicy
+from graft.compiler.errors import PlanError
+from graft.compiler.passing import Pass
+from graft.passes.add_draft import AddDraft, check_changes
+from graft.runtime.decoder import Rows
+from graft.runtime.drafters.with_function import FunctionDrafting
+from graft.runtime.request import slot_of
+
+
+@dataclass(frozen=True, init=False)
+class SelfDraft(Drafter):
+    """Approximate passes aimed at a copy of the target: `SelfDraft(EarlyExit(12), LayerParallel(4))`.
+
+    The copy shares the target's weights and its KV cache. What the text's tokens left in the cache is what the target
+    itself wrote, never what an approximation made of it: rows that were drafted lie behind the committed ones and are
+    overwritten when the target verifies. So the recalibration that layer-parallel drafting asks for (EasySpec,
+    2502.02493: one exact pass over the accepted tokens) comes for free. A chain runs every token once; where a tree
+    branches, the nodes above a question run again with it.
+    """
+
+    changes: tuple[Pass, ...]
+    """The passes, in order."""
+    sample: bool = False
+    """Draw a chain from the draft's own distribution, for verifier Leviathan, rather than take its best tokens."""
+    candidates: int = 8
+    """How many of its best tokens per place a tree may choose from."""
+    function: str = "self_draft"
+    """Name of the function; several drafts of one plan need names of their own."""
+
+    def __init__(
+        self,
+        *passes: Pass,
+        changes: Sequence[Pass] = (),
+        sample: bool = False,
+        candidates: int = 8,
+        function: str = "self_draft",
+    ) -> None:
+        given: dict[str, Any] = {
+            "changes": (*passes, *changes), "sample": sample, "candidates": candidates, "function": function
+        }  # fmt: skip
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        check_changes(self.changes, "SelfDraft")
+        if not 1 <= candidates <= 64:
+            raise PlanError("candidates is out of range", expected="1 to 64", found=candidates, where="SelfDraft")
+
+    @property
+    def kind(self) -> DraftKind:
+        """See `Drafter.kind`."""
+        return "independent" if self.sample else "deterministic"
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """See `Drafter.passes`."""
+        return (AddDraft(self.changes, self.function),)
+
+    def open(self, target: Target, policy: TreePolicy) -> Drafting:
+        """See `Drafter.open`; raises PlanError where samples would not form a chain."""
+        if self.sample and policy.branches(self.kind):
+            raise PlanError(
+                "a draft that samples drafts chains",
+                expected="a tree policy without branches, as Chain",
+                found=policy,
+                where="SelfDraft",
+                remedy="use Chain, or sample=False",
+            )
+        decoder = target.functions[self.function]
+        return SelfDrafting(decoder, policy, sample=self.sample, candidates=self.candidates)
+
+
+class SelfDrafting(FunctionDrafting):
+    """The `Drafting` of functions on the target's KV: its slots, and rows of its own behind the committed tokens."""
+
+    def begin(self, context: Context, prompt_best: np.ndarray | None, prompt_hidden: Tensor | None = None) -> None:
+        """See `Drafting.begin`."""
+
+    def observe(self, context: Context, outcome: Outcome) -> None:
+        """See `Drafting.observe`."""
+
+    def end(self, context: Context) -> None:
+        """See `Drafting.end`; what an interrupted proposal left is forgotten."""
+        self.decoder.close(slot_of(context))
+
+    def slot(self, context: Context) -> int:
+        """See `FunctionDrafting.slot`."""
+        return slot_of(context)
+
+    def catch_up(self, contexts: Sequence[Context]) -> list[Tensor]:
+        """The cache lacks the last token of each text, which the target has not run either."""
+        rows = Rows()
+        for context in contexts:
+            rows.add_chain(slot_of(context), context.tokens[-1:], len(context.tokens) - 1)
+        logits = self.run(rows)
+        for context in contexts:
+            self.decoder.commit(slot_of(context), [0])
+        return [logits[place : place + 1] for place in range(len(contexts))]
+
+    def settle(self, context: Context) -> None:
+        """Only the target's own rows stay."""
+        self.decoder.truncate(slot_of(context), len(context.tokens) - 1)

@@ -42,6 +42,10 @@ class DraftModel(Drafter):
     sample: bool = False
     candidates: int = 8
     """How many of its best tokens per place a tree may choose from."""
+    function: str = ""
+    """Name of a function that `other` drafts for itself with (`SelfDraft.function`), to grow the draft with; empty: the
+    model itself. Tokens behind the first then come from an approximation, layers in parallel for instance, and accepted
+    ones run through the model as it is, whose KV replaces the approximation's (EasySpec, 2502.02493)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.candidates <= 64:
@@ -71,6 +75,13 @@ class DraftModel(Drafter):
                 where="DraftModel",
                 remedy="use Chain, or sample=False",
             )
+        if self.function and not isinstance(decoder.functions.get(self.function), Decoder):
+            raise PlanError(
+                "the draft model has no such function",
+                expected=", ".join(decoder.functions) or "a model that was compiled with a SelfDraft",
+                found=self.function,
+                where="DraftModel.function",
+            )
         return ModelDrafting(self, decoder, policy)
 
 
@@ -87,12 +98,14 @@ class ModelDrafting(FunctionDrafting):
     """The `Drafting` of a `DraftModel`."""
 
     def __init__(self, spec: DraftModel, decoder: Decoder, policy: TreePolicy) -> None:
-        super().__init__(decoder, policy, sample=spec.sample, candidates=spec.candidates)
+        growing = decoder.functions[spec.function] if spec.function else decoder
+        super().__init__(growing, policy, sample=spec.sample, candidates=spec.candidates)
+        self.exact = decoder
         self.key = f"draft model {id(self)}"
 
     def begin(self, context: Context, prompt_best: np.ndarray | None, prompt_hidden: Tensor | None = None) -> None:
         """See `Drafting.begin`; the prompt is run with the first proposal."""
-        context.data[self.key] = Held(self.decoder.open())
+        context.data[self.key] = Held(self.exact.open())
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """See `Drafting.observe`; accepted tokens are run with the next proposal."""
@@ -101,7 +114,9 @@ class ModelDrafting(FunctionDrafting):
         """See `Drafting.end`."""
         held = context.data.pop(self.key, None)
         if isinstance(held, Held):
-            self.decoder.close(held.slot)
+            if self.decoder is not self.exact:
+                self.decoder.close(held.slot)
+            self.exact.close(held.slot)
 
     def held(self, context: Context) -> Held:
         """The request's slot, and the logits to grow its next tree from."""
@@ -123,7 +138,7 @@ class ModelDrafting(FunctionDrafting):
         while True:
             rows, left, chunks = Rows(), PROMPT_ROWS, []
             for context, one in zip(contexts, held, strict=True):
-                fed = self.decoder.length(one.slot)
+                fed = self.exact.length(one.slot)
                 chunk = context.tokens[fed : fed + left]
                 if chunk:
                     rows.add_chain(one.slot, chunk, fed)
@@ -131,7 +146,7 @@ class ModelDrafting(FunctionDrafting):
                     left -= len(chunk)
             if not chunks:
                 return [one.root for one in held if one.root is not None]
-            logits = self.decoder.forward(rows)
+            logits = self.exact.forward(rows)
             for place, (one, count) in enumerate(chunks):
-                self.decoder.commit(one.slot, range(count))
+                self.exact.commit(one.slot, range(count))
                 one.root = logits[place : place + 1]

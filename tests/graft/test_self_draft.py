@@ -205,6 +205,43 @@ def test_del_takes_the_exit_and_the_length_with_the_most_tokens_per_second() -> 
     assert drafting.choose(3, 1)[0] == 1
 
 
+def test_a_draft_model_may_draft_by_an_approximation_of_itself_and_keeps_an_exact_cache() -> None:
+    drafts = graft.SelfDraft(graft.LayerParallel(groups=((0, 1, 2),), kind="layer"))
+    other = compiled("llama", drafts)
+    plan = graft.Plan(draft=[graft.DraftModel(other, function="self_draft")], controller=graft.FixedBudget(4))
+    fast = graft.compile(build("gemma2", dtype=torch.float64, eos_token_id=None), plan, backend="aten")
+    assert fast.generate(IDS, **OPTIONS)[:, 5:].tolist() == texts("gemma2")
+    drafting: Any = graft.DraftModel(other, function="self_draft").open(fast.decoder, graft.Chain())
+    context = Context([5, 6, 7, 8], 3)
+    drafting.begin(context, None)
+    (tree,) = drafting.propose([context], [4])
+    text = list(context.tokens)
+    assert tree.tokens[0] == best_after(other.decoder, text)
+    for node in range(1, 4):
+        text.append(tree.tokens[node - 1])
+        assert tree.tokens[node] == best_after(other.decoder, text, "self_draft")
+    assert same_cache_as_fresh_prefill(other.decoder, drafting.slot(context), context.tokens)
+    drafting.end(context)
+    assert len(other.decoder.store.free) == len(other.decoder.store.lengths)
+    with pytest.raises(graft.PlanError, match=r"no such function(.|\n)*expected: self_draft"):
+        graft.DraftModel(other, function="none").open(fast.decoder, graft.Chain())
+
+
+def best_after(target: Decoder, tokens: list[int], function: str = "") -> int:
+    """The best token behind a text: its first four tokens run through the target, the others through the function."""
+    slot, rows = target.open(), Rows()
+    rows.add_chain(slot, tokens[:4], 0)
+    logits = target.forward(rows)
+    target.commit(slot, range(4))
+    if function:
+        drafting, rows = target.functions[function], Rows()
+        rows.add_chain(slot, tokens[4:], 4)
+        logits = drafting.forward(rows)
+        drafting.close(slot)
+    target.close(slot)
+    return int(logits[-1].argmax())
+
+
 def adapter_file(path: Path) -> tuple[Path, dict[str, Tensor]]:
     """Random weights for an adapter of the tiny llama, under the paper's names."""
     held = build("llama", seed=7).model.layers[0].self_attn.state_dict()

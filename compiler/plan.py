@@ -17,6 +17,7 @@ from typing import Any, get_args
 import tomli_w
 
 from graft.compiler import registry, spec
+from graft.compiler.acceptance import check_lossless
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import PlanError
 from graft.compiler.ordering import ordered
@@ -88,8 +89,7 @@ class Plan:
             check_component(component)
         ordered(self.target, FACTS)
         if self.verifier is not None:
-            for drafter in self.draft:
-                check_lossless(self.verifier, drafter, self.tree.policy)
+            check_lossless(self.verifier, self.draft, self.tree.policy)
 
     def spec(self) -> str:
         """The plan in one line, e.g. `target=skip-ffn{similarity=0.98},draft=lookup,recycle`; "" is the default."""
@@ -171,30 +171,6 @@ def check_component(component: Any) -> None:
             found=component.contract,
             where=f"{cls.__name__}.contract",
         )
-
-
-def check_lossless(verifier: Verifier, drafter: Drafter, policy: TreePolicy | None) -> None:
-    """Refuse a verifier that is lossless, but not for this drafter. One that is lossless for nothing is lossy on
-    purpose, and says so by its name; whether the mode is greedy or sampling is known only when generate() is called."""
-    kinds = verifier.lossless_for | verifier.lossless_for_greedy
-    branches = policy is not None and policy.branches(drafter.kind)
-    if not kinds or (drafter.kind in kinds and not (verifier.chains_only and branches)):
-        return
-    names = spec_name(type(verifier).__name__), spec_name(type(drafter).__name__)
-    shape = f", which {spec_name(type(policy).__name__)} shapes into trees that branch" if branches else ""
-    others = [rule for rule in verifiers() if drafter.kind in rule.lossless_for and not rule.chains_only]
-    raise PlanError(
-        f"verifier {names[0]} is not lossless for drafter {names[1]}",
-        expected=f"drafts of kind {', '.join(sorted(kinds))}{' in chains' if verifier.chains_only else ''}",
-        found=f"{names[1]} drafts {drafter.kind} tokens{shape}",
-        where="plan.verifier and plan.draft",
-        remedy=f"use {' or '.join(sorted(spec_name(rule.__name__) for rule in others)) or 'another drafter'}",
-    )
-
-
-def verifiers() -> Iterator[type[Verifier]]:
-    """Every verifier there is."""
-    yield from registry.components(Verifier)
 
 
 def load_all(paths: Sequence[Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from graft.compiler.acceptance import check_lossless, kinds_of
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import PlanError
 from graft.compiler.host import Host, exit_questions
@@ -17,7 +18,7 @@ from graft.runtime.run import PRIMITIVES, Run
 from graft.runtime.settings import ModelFace, Settings, resolve
 from graft.runtime.split import split_of
 from graft.runtime.step_times import StepTimes
-from graft.runtime.verifiers import check_lossless, default_verifier
+from graft.runtime.verifiers import default_verifier
 
 
 class Generator:
@@ -87,14 +88,10 @@ class Generator:
         """The acceptance rule for sampling or for greedy decoding: the one given where it is made for that, or is
         lossy for both by name, else the default. Raises PlanError where it would change the output."""
         verifier = self.verifier
-        if verifier is not None:
-            here = verifier.lossless_for if sampling else verifier.lossless_for_greedy
-            elsewhere = verifier.lossless_for_greedy if sampling else verifier.lossless_for
-            if elsewhere and not here:
-                verifier = None
+        if verifier is not None and kinds_of(verifier, not sampling) and not kinds_of(verifier, sampling):
+            verifier = None
         chosen = verifier or default_verifier(sampling=sampling)
-        lossy = not chosen.lossless_for and not chosen.lossless_for_greedy
-        if self.drafter is not None and self.policy is not None and not lossy:
+        if self.drafter is not None:
             check_lossless(chosen, [self.drafter], self.policy, sampling=sampling)
         return chosen
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import numpy as np
 
-from graft.compiler.drafting import ROOT, Drafter, DraftKind, DraftTree, Rows, TreePolicy, Uniforms, Verifier
+from graft.compiler.drafting import ROOT, DraftKind, DraftTree, Rows, Uniforms, Verifier
 from graft.compiler.errors import GenerationError, PlanError
 
 ALL_KINDS: frozenset[DraftKind] = frozenset(get_args(DraftKind))
@@ -129,38 +128,6 @@ class Leviathan(Verifier):
 
 
 _NO_MASS = 1e-12
-VERIFIERS: tuple[type[Verifier], ...] = (GreedyWalk, SampleAndMatch, Leviathan)
-
-
-def _lossless(verifier: Verifier | type[Verifier], kind: DraftKind, branches: bool, sampling: bool) -> bool:
-    kinds = verifier.lossless_for if sampling else verifier.lossless_for_greedy
-    return kind in kinds and not (verifier.chains_only and branches)
-
-
-def check_lossless(verifier: Verifier, drafters: Sequence[Drafter], policy: TreePolicy, *, sampling: bool) -> None:
-    """The type check of a method: the output must keep the target's distribution for every drafter.
-
-    Raises PlanError, which names the verifier, the drafter, why they do not go together, and which verifiers would do.
-    """
-    for drafter in drafters:
-        kind = drafter.kind
-        branches = policy.branches(kind)
-        if _lossless(verifier, kind, branches, sampling):
-            continue
-        mode = "sampling" if sampling else "greedy decoding"
-        kinds = verifier.lossless_for if sampling else verifier.lossless_for_greedy
-        holds = f"drafts of kind {', '.join(sorted(kinds))}" if kinds else f"nothing under {mode}"
-        if verifier.chains_only and kinds:
-            holds += ", in chains"
-        others = [other.__name__ for other in VERIFIERS if _lossless(other, kind, branches, sampling)]
-        shape = "trees that branch" if branches else "chains"
-        raise PlanError(
-            f"Verifier {type(verifier).__name__} is not lossless for drafter {type(drafter).__name__} under {mode}.",
-            expected=f"{type(verifier).__name__} keeps the target's distribution for {holds}",
-            found=f"{type(drafter).__name__} drafts {kind} tokens, which {type(policy).__name__} shapes into {shape}",
-            where="Plan.verifier and Plan.draft",
-            remedy=f"use {' or '.join(others)}" if others else "use another drafter",
-        )
 
 
 def default_verifier(*, sampling: bool) -> Verifier:

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
+from graft.compiler.acceptance import joint_kind
 from graft.compiler.drafting import (
     ROOT,
     Context,
@@ -54,10 +55,8 @@ class Merge(Drafter):
 
     @property
     def kind(self) -> DraftKind:
-        """That of all drafters if they are all deterministic, or of the only one; else mixed."""
-        first = self.drafters[0].kind
-        alike = all(drafter.kind == "deterministic" for drafter in self.drafters)
-        return first if alike or len(self.drafters) == 1 else "mixed"
+        """See `joint_kind`."""
+        return joint_kind(self.drafters)
 
     @property
     def observes(self) -> int:

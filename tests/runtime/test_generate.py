@@ -219,7 +219,7 @@ def test_a_text_ends_with_the_models_positions() -> None:
 
 
 def test_a_verifier_that_would_change_the_output_is_refused() -> None:
-    with pytest.raises(PlanError, match="not lossless for drafter Lookup"):
+    with pytest.raises(PlanError, match="not lossless for drafter lookup"):
         generator(Lookup(), policy=Chain(), verifier=Leviathan())
 
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graft.compiler.acceptance import check_lossless
 from graft.compiler.drafting import ROOT, Drafter, Drafting, DraftKind, DraftTree, Target, TreePolicy, Verifier
 from graft.compiler.errors import GenerationError, PlanError
 from graft.runtime.random import Streams
 from graft.runtime.tree_policies import BestFirst, Chain, Fixed
-from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch, check_lossless, default_verifier, draw
+from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch, default_verifier, draw
 from tests.runtime.enumeration import Model, ModelRows, Text
 
 
@@ -238,7 +239,14 @@ def test_the_type_check_names_both_why_and_what_would_do() -> None:
     with pytest.raises(PlanError) as caught:
         check_lossless(Leviathan(), [Draws("deterministic")], BestFirst(), sampling=True)
     message = str(caught.value)
-    assert "Leviathan" in message
-    assert "Draws" in message
+    assert "leviathan" in message
+    assert "draws" in message
     assert "deterministic" in message
-    assert "use SampleAndMatch" in message
+    assert "sample-and-match" in message
+
+
+def test_drafters_that_each_go_with_a_verifier_need_not_together() -> None:
+    check_lossless(Leviathan(), [Draws("independent")], Chain())
+    with pytest.raises(PlanError, match="mixed"):
+        check_lossless(Leviathan(), [Draws("independent"), Draws("independent")], Chain())
+    check_lossless(SampleAndMatch(), [Draws("independent"), Draws("deterministic")], Chain(), sampling=True)

@@ -117,7 +117,7 @@ class Value:
         kwargs = {name: unwrap(argument) for name, argument in kwargs.items()}
         operands = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, fx.Node)]
         graph = self.node.graph
-        with graph.inserting_after(max(operands)):
+        with graph.inserting_after(last_before(graph, operands)):
             node = new_node(graph, target, args, kwargs, like=self.node, by=self.by)
         return Value(node, self.by)
 
@@ -143,10 +143,17 @@ class Value:
         return f"Value({self.node.name}: {self.dtype} {list(self.shape)})"
 
 
+def last_before(graph: fx.Graph, operands: Sequence[fx.Node]) -> fx.Node:
+    """Behind which node one that reads the operands belongs: the last of them, and in a graph that is being made, which
+    has no output yet, the last of all, so that the graph reads in the order in which it was made."""
+    last: fx.Node = next(iter(reversed(graph.nodes)))
+    return max(operands) if last.op == "output" else last
+
+
 def cat(values: Sequence[Value], dim: int = -1) -> Value:
     """Values side by side."""
     nodes = [value.node for value in values]
-    with nodes[0].graph.inserting_after(max(nodes)):
+    with nodes[0].graph.inserting_after(last_before(nodes[0].graph, nodes)):
         by = values[0].by
         return Value(new_node(nodes[0].graph, aten.cat.default, (nodes, dim), like=nodes[0], by=by), by)
 

@@ -3,10 +3,11 @@
 before:
     hidden = norm(h)
     return linear(hidden, unembedding), hidden
-after, for head i, beside the unchanged target:
-    u = cat([hidden, embedding(table, token_i), ..., embedding(table, tokens)], -1)
-    x = add(linear(u, r, c), silu(linear(u, w, b)))
-    logits = linear(x, unembedding_i)
+after, beside the unchanged target, for the second head:
+    u = cat([hidden, embedding(table, token_1), embedding(table, tokens)], -1)
+    l = linear_rows(u, [r, w], [c, b], [0, 64, 0, 64])
+    x = add(slice(l, -1, 0, 64), silu(slice(l, -1, 64, 128)))
+    return linear(index_select(x, 0, wanted), o), x
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class HydraHeads(Pass):
             hidden, kv = decoder_layer(builder, hidden, heads.path("prefix"), prefix, states[0])
             hidden, written = rms_norm(builder, hidden, heads.path("prefix.norm"), prefix.eps), [kv]
         read = cat([hidden, *(builder.embed(token, heads.table) for token in (*earlier, "tokens"))])
-        activated = builder.linear(read, heads.path(f"{level}.input")).apply(aten.silu.default)
-        x = builder.linear(read, heads.path(f"{level}.residual")) + activated
+        straight, bent = (builder.linear(read, heads.path(f"{level}.{name}")) for name in ("residual", "input"))
+        x = straight + bent.apply(aten.silu.default)
         x = heads.blocks(builder, x, level)
         logits = heads.logits(builder, builder.wanted(x), level)
         heads.finish(builder, logits, hidden if prefix is not None else x, *written)

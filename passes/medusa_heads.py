@@ -3,9 +3,13 @@
 before:
     hidden = norm(h)
     return linear(hidden, unembedding), hidden
-after, for each head, beside the unchanged target:
-    x = add(hidden, silu(linear(hidden, w, b)))
-    logits = linear(x, u)
+after, beside the unchanged target, for two heads:
+    l = linear_rows(hidden, [w_0, w_1], [b_0, b_1], [0, 64, 0, 64])
+    x_0 = add(hidden, silu(slice(l, -1, 0, 64)))
+    x_1 = add(hidden, silu(slice(l, -1, 64, 128)))
+    y_0 = linear(index_select(x_0, 0, wanted), u_0)
+    y_1 = linear(index_select(x_1, 0, wanted), u_1)
+    return cat([y_0, y_1], -1), x_1
 """
 
 from __future__ import annotations

@@ -1,0 +1,81 @@
+"""medusa-heads and hydra-heads: the listings in their docstrings, and what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from graft.compiler.errors import CheckpointError
+from graft.compiler.nodes import call_nodes
+from graft.compiler.passing import Pass, View
+from graft.compiler.program import FLAT, Function, Input
+from graft.passes import hydra_heads, medusa_heads
+from graft.passes.heads.config import HeadsConfig
+from graft.passes.hydra_heads import HydraHeads
+from graft.passes.medusa_heads import MedusaHeads
+from tests.heads import random_tensors, write
+from tests.passes.listings import Sheet, expression, listings
+from tests.programs import program_of
+
+MEDUSA = HeadsConfig("medusa", heads=2, width=64, vocabulary=131)
+HYDRA = replace(MEDUSA, kind="hydra", biased=False)
+NAMES = {
+    MEDUSA: {"model.embed_tokens.weight": "table"}
+    | {f"heads.{i}.{path}": f"{name}_{i}" for i in (0, 1) for path, name in
+       (("input.weight", "w"), ("input.bias", "b"), ("unembedding.weight", "u"))},
+    HYDRA: {"model.embed_tokens.weight": "table", "heads.1.residual.weight": "r", "heads.1.residual.bias": "c",
+            "heads.1.input.weight": "w", "heads.1.input.bias": "b", "heads.1.unembedding.weight": "o"},
+}  # fmt: skip
+
+
+def grafted(one: Pass, name: str) -> Function:
+    """The function that the pass adds to a llama."""
+    program = program_of("llama").copy()
+    one.run(View(program, one.pass_name()))
+    return program[name]
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "name"), [(medusa_heads, MEDUSA, "heads"), (hydra_heads, HYDRA, "heads_1")]
+)
+def test_the_docstring_shows_what_it_does(module: ModuleType, config: HeadsConfig, name: str, tmp_path: Path) -> None:
+    one = (MedusaHeads if config.kind == "medusa" else HydraHeads)(write(tmp_path / "heads", config))
+    function = grafted(one, name)
+    shapes = dict.fromkeys(NAMES[config].values(), (64,))
+    rows = (*FLAT, Input("hidden", ("N", 64), torch.float32), Input("token_1", ("N",), torch.int64))
+    shown = Sheet(rows, shapes).run(listings(module)[1])
+    found = [expression(node) for node in function.output.args[0]]
+    for path, short in NAMES[config].items():
+        found = [text.replace(path, short) for text in found]
+    assert [expression(node) for node in shown] == found
+
+
+def test_the_target_is_left_as_it_was(tmp_path: Path) -> None:
+    program = program_of("llama").copy()
+    before = str(program["forward"].graph)
+    HydraHeads(write(tmp_path / "heads", HYDRA)).run(View(program, "hydra-heads"))
+    assert str(program["forward"].graph) == before
+    assert list(program.functions) == ["forward", "heads_0", "heads_1"]
+    assert not call_nodes(program["heads_0"].graph, [torch.ops.graft.kv_append.default])
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [({"width": 32}, "width 32"), ({"vocabulary": 99}, "99 tokens"), ({"kind": "medusa"}, "kind medusa")],
+    ids=["width", "vocabulary", "kind"],
+)
+def test_heads_for_another_model_are_refused(change: dict, found: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "heads", replace(HYDRA, **change))
+    with pytest.raises(CheckpointError, match=rf"not for this model[^$]*width 64, 131 tokens[^$]*{found}"):
+        grafted(HydraHeads(folder), "heads_0")
+
+
+def test_a_draft_vocabulary_beyond_the_models_is_refused(tmp_path: Path) -> None:
+    config = replace(HYDRA, vocabulary=10, reduced=True)
+    tensors = random_tensors(config) | {"draft_vocabulary": torch.arange(10) * 100}
+    with pytest.raises(CheckpointError, match="not for this model"):
+        grafted(HydraHeads(write(tmp_path / "heads", config, tensors)), "heads_0")

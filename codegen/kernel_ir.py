@@ -105,11 +105,26 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """A kernel runs only if the mask of some row is `wanted`."""
+
+    mask: Array
+    """One element for each row, 0 for false."""
+    wanted: bool
+
+
+@dataclass(frozen=True)
 class Kernel:
     """What kernels of every kind have: their operands, and the nodes that they compute."""
 
     arrays: tuple[Array, ...]
     nodes: tuple[fx.Node, ...] = field(compare=False, repr=False)
+    guard: Guard | None = field(default=None, kw_only=True)
+
+    @property
+    def reads(self) -> tuple[Array, ...]:
+        """Its operands, and the mask that it is guarded by."""
+        return self.arrays if self.guard is None else (*self.arrays, self.guard.mask)
 
 
 @dataclass(frozen=True)

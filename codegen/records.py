@@ -21,6 +21,7 @@ def record(kernels: Kernels, names: Sequence[str]) -> tuple[KernelRecord, ...]:
             tuple(node.name for node in kernel.nodes),
             kernel_cost(kernel, model),
             kernel.reason if isinstance(kernel, AtenKernel) else "",
+            f"{'some' if kernel.guard.wanted else 'not all'} {kernel.guard.mask.name}" if kernel.guard else "",
         )
         for kernel, name in zip(kernels.kernels, names, strict=True)
     )

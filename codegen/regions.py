@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graft.codegen.guards import Guarding
 from graft.codegen.heavy import append_kernel, attend_kernel, flat_row, gather_kernel, inner_dense, matmul_kernel
 from graft.codegen.kernel_ir import Array, AtenKernel, Kernel, Kernels
 from graft.codegen.row_builder import RowBuilder
@@ -316,15 +317,18 @@ def assemble(state: Cut, outputs: tuple[fx.Node, ...]) -> Kernels:
     arrays = {node: array_of(state, node) for node in state.views if state.views[node].base is node}
     results = read_by_others(state, outputs)
     kernels: list[Kernel] = []
+    guarding = Guarding(state.graph, state.forms, state.views)
     for stage in range(len(state.groups) + 1):
         if stage:
-            kernels.append(group_kernel(state, state.groups[stage - 1], arrays, results))
+            group = state.groups[stage - 1]
+            kernels.append(guarding.guarded(group_kernel(state, group, arrays, results), group.rows, arrays))
         for rows in ("N", "R"):
             if nodes := state.row_nodes.get((stage, rows)):
                 builder = RowBuilder(rows, state.views, arrays.__getitem__)
                 for node in nodes:
                     builder.add(node)
-                kernels.append(builder.finish([node for node in nodes if node in results]))
+                kernel = builder.finish([node for node in nodes if node in results])
+                kernels.append(guarding.guarded(kernel, rows, arrays))
     used = {array.name for kernel in kernels for array in kernel.arrays if array.rows == ""}
     needed = [node for node in state.graph.nodes if node.name in used]
     return Kernels(tuple(kernels), constants(state, needed), tuple(arrays[node] for node in outputs), state.function)

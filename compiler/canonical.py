@@ -94,6 +94,9 @@ REDUCTIONS: dict[Any, int] = {
 MATMULS = frozenset({aten.linear.default, graft.linear_rows.default})
 """Matrix products with a constant weight."""
 
+MASKS: dict[Any, int] = {aten.where.self: 0, aten.masked_fill.Scalar: 1}
+"""Operators that choose -> which argument says what."""
+
 ATTENTION = frozenset({graft.attention.default, graft.kv_attend.default})
 STATE_WRITES = frozenset({graft.kv_append.default})
 GATHERS = frozenset({aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default})

@@ -84,6 +84,8 @@ class KernelRecord:
     """Bytes that it has to move, and floating-point operations."""
     reason: str = ""
     """Why ATen runs it, where no kernel of ours does."""
+    guard: str = ""
+    """The mask that decides whether it runs at all, e.g. "some gt_3" or "not all gt_3"; empty where it always does."""
 
 
 class StepSeconds(Protocol):

@@ -16,7 +16,7 @@ from typing import Literal
 import networkx as nx
 from torch import fx
 
-from graft.compiler.canonical import ATTENTION, MATMULS, STATE_WRITES, aten
+from graft.compiler.canonical import ATTENTION, MASKS, MATMULS, STATE_WRITES, aten
 from graft.compiler.errors import CheckError
 from graft.compiler.nodes import Value, call_nodes, new_node, origin_of
 
@@ -211,13 +211,16 @@ def find_embedding(graph: fx.Graph) -> fx.Node:
 
 def dataflow(graph: fx.Graph, root: fx.Node) -> nx.DiGraph:
     """Everything reachable from `root`. An append's edge from the state before it is left out: a state carries
-    tokens between calls, not the stream between layers."""
+    tokens between calls, not the stream between layers. So is a mask's edge to what it chooses between: it says whether
+    a value joins the stream and is none of it."""
     flow = nx.DiGraph()
     flow.add_node(root)
     for node in graph.nodes:
         inputs = node.all_input_nodes
         if node.target in STATE_WRITES:
             inputs = [source for source in inputs if source is not node.args[0]]
+        if node.target in MASKS:
+            inputs = [source for source in inputs if source is not node.args[MASKS[node.target]]]
         flow.add_edges_from((source, node) for source in inputs if source in flow)
     return flow
 

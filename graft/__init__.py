@@ -37,6 +37,7 @@ from graft.passes.kv_cache import KVCache
 from graft.passes.layer_parallel import LayerParallel
 from graft.passes.medusa_heads import MedusaHeads
 from graft.passes.merge_linears import MergeLinears
+from graft.passes.skip_ffn import SkipFFN
 from graft.runtime.controllers import Adaptive, FixedBudget
 from graft.runtime.drafters.draft_model import DraftModel
 from graft.runtime.drafters.early_exits import DEL, Kangaroo, LayerSkip
@@ -91,6 +92,7 @@ __all__ = [
     "SampleAndMatch",
     "SaveError",
     "SelfDraft",
+    "SkipFFN",
     "StateError",
     "TrainOptions",
     "Tree",

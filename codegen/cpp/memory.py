@@ -81,7 +81,7 @@ def place_arrays(kernels: tuple[Kernel, ...], external: frozenset[str]) -> tuple
     last: dict[str, int] = {}
     arrays: dict[str, Array] = {}
     for index, kernel in enumerate(kernels):
-        for array in kernel.arrays:
+        for array in kernel.reads:
             if array.rows and array.name not in external:
                 arrays[array.name] = array
                 first.setdefault(array.name, index)

@@ -60,6 +60,16 @@ class Printed:
 
 def print_kernel(kernel: Kernel, packed: frozenset[str]) -> Printed:
     """The code of one kernel; `packed` are the parameters that are stored as panels."""
+    printed = print_unguarded(kernel, packed)
+    if kernel.guard is None:
+        return printed
+    mask, wanted = f"argument[{len(printed.arguments)}]", "true" if kernel.guard.wanted else "false"
+    branch = f"    if (!step.any(step.array<float>({mask}), '{kernel.guard.mask.rows}', {wanted})) return;\n"
+    return Printed(printed.kind, branch + printed.body, (*printed.arguments, kernel.guard.mask.name))
+
+
+def print_unguarded(kernel: Kernel, packed: frozenset[str]) -> Printed:
+    """The code of what the kernel computes."""
     match kernel:
         case RowKernel():
             return Printed("rows", row_kernel(kernel), tuple(array.name for array in kernel.arrays))

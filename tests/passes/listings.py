@@ -28,20 +28,28 @@ aten = torch.ops.aten
 
 OPERATORS: dict[str, Any] = {
     "_assert_tensor_metadata": aten._assert_tensor_metadata.default,
+    "_to_copy": aten._to_copy.default,
     "add": aten.add.Tensor,
     "addmm": aten.addmm.default,
     "cat": aten.cat.default,
     "clone": aten.clone.default,
     "cos": aten.cos.default,
     "embedding": aten.embedding.default,
+    "ge": aten.ge.Scalar,
+    "gt": aten.gt.Scalar,
     "index_select": aten.index_select.default,
     "linear": aten.linear.default,
     "linear_rows": torch.ops.graft.linear_rows.default,
+    "lt": aten.lt.Scalar,
+    "masked_fill": aten.masked_fill.Scalar,
     "mul": aten.mul.Tensor,
+    "relu": aten.relu.default,
     "reshape": aten.reshape.default,
     "silu": aten.silu.default,
     "slice": aten.slice.Tensor,
     "split_with_sizes": aten.split_with_sizes.default,
+    "sub": aten.sub.Tensor,
+    "unsqueeze": aten.unsqueeze.default,
     "view": aten.view.default,
 }
 

@@ -36,6 +36,12 @@ struct Step {
 
     template <class T> T* array(int32_t number) const { return (T*)call.addresses[number]; }
     int64_t count(char rows) const { return rows == 'R' ? call.results : call.rows; }
+    // Whether the mask of some row is as wanted.
+    bool any(const float* mask, char rows, bool wanted) const {
+        for (int64_t row = 0; row < count(rows); ++row)
+            if ((mask[row] != 0) == wanted) return true;
+        return false;
+    }
 
   private:
     void lay_out(int64_t row) {

@@ -32,6 +32,7 @@ from graft.saving import (
     HISTORY,
     MANIFEST,
     PROGRAM,
+    SHARED,
     WEIGHTS,
     checksum,
     config_data,
@@ -78,6 +79,7 @@ def load(
     own_plan = read_plan(manifest, plan, folder)
     files = {name: read_json(folder, name, manifest) for name in (PROGRAM, HISTORY)}
     tensors = read_weights(folder, manifest)
+    shared = {name: tensors.pop(name).numpy() for name in list(tensors) if name.startswith(SHARED)}
     device = device_of(take(manifest, "device", str, MANIFEST))
     weights, panels = rebuild(take(files[PROGRAM], "parameters", list, PROGRAM), tensors, device)
     if isinstance(model, nn.Module):
@@ -95,6 +97,7 @@ def load(
         "aten" if backend == "auto" and saved == "aten" else backend,
         panels,
     )
+    decoder.shared |= {name.removeprefix(SHARED): table for name, table in shared.items()}
     compiled = assembled(program, own_plan, decoder, face)
     compiled.released_bytes = take(manifest, "released_bytes", int, MANIFEST)
     return compiled

@@ -3,7 +3,8 @@
     graft.json            what it is: versions, the model's configuration, the plan, size and checksum of the files
     program.json          functions, host program, history of passes, parameters
     history.json          the program after each pass, for diffs and explanations
-    weights.safetensors   parameters, packed where that is the form they are read in
+    weights.safetensors   parameters, packed where that is the form they are read in; tables of drafters that took a run
+                          of the model to make
 
 The compiled library is not among them: it is built from the program, or found in the cache of this machine.
 """
@@ -20,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Of the files, packed parameters included; another one is not read."""
 MANIFEST, PROGRAM, HISTORY, WEIGHTS = "graft.json", "program.json", "history.json", "weights.safetensors"
+SHARED = "shared by drafters: "
+"""In front of the names of drafters' tables (compiler.drafting.Target.shared) among the tensors."""
 PACKAGE = "graft-lm"
 
 
@@ -45,6 +49,11 @@ def save(compiled: CompiledModel, folder: str | Path) -> None:
     check_replaceable(folder)
     with compiled.generator.lock:
         entries, tensors = collect(compiled.program, replaced(compiled.executables))
+        tensors |= {
+            f"{SHARED}{key}": torch.from_numpy(value)
+            for key, value in compiled.decoder.shared.items()
+            if isinstance(value, np.ndarray)
+        }
         program = program_data(compiled.program) | {"parameters": entries}
         manifest, history = describe(compiled), history_data(compiled.program)
         texts = {PROGRAM: as_text(program), HISTORY: as_text(history)}

@@ -65,7 +65,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("saved") / "model"
     model = build("llama", tie_word_embeddings=True)
     # Through ATen a row's last bits depend on its company, so what is drafted must not depend on how long steps take.
-    plan = graft.Plan(draft=[graft.Lookup()], controller=graft.FixedBudget())
+    drafters = [graft.Lookup(), graft.Recycle(seed_vocabulary=20)]
+    plan = graft.Plan(draft=drafters, controller=graft.FixedBudget())
     compiled = graft.compile(model, plan, backend="aten")
     compiled.save(folder)
     return Saved(model, compiled, folder)
@@ -142,6 +143,12 @@ def test_packed_weights_can_run_through_aten(released: Saved) -> None:
     through_aten = graft.load(released.folder, backend="aten")
     assert through_aten.decoder.executable.backend == "aten"
     assert generated(through_aten)[0] == generated(released.compiled)[0]
+
+
+def test_what_drafters_asked_the_model_is_not_asked_again(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graft.runtime.decoder.Decoder.best_after", None)
+    ((key, table),) = graft.load(saved.folder).decoder.shared.items()
+    assert table.shape == (20, 8) and (table == saved.compiled.decoder.shared[key]).all()
 
 
 def test_tied_embeddings_are_stored_once(saved: Saved) -> None:

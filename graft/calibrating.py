@@ -92,7 +92,7 @@ class Search:
         console = Console(file=io.StringIO(), width=120, color_system=None)
         console.print(table)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+        return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
 
 
 def calibrate_layer_parallel(

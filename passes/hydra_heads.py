@@ -57,7 +57,8 @@ class HydraHeads(Pass):
         inputs = [heads.hidden, *(Input(token, ("N",), torch.int64) for token in earlier)]
         states = []
         if prefix is not None:
-            states = [KVState("kv", 1, prefix.kv_heads, prefix.head_dim, prefix.head_dim, heads.dtype)]
+            # A state of the name of one of the target's would be the target's.
+            states = [KVState(f"{self.function}_kv", 1, prefix.kv_heads, prefix.head_dim, prefix.head_dim, heads.dtype)]
         builder = Builder(view, name, inputs, states)
         hidden, written = builder["hidden"], list[Value]()
         if prefix is not None:

@@ -32,7 +32,6 @@ from graft.passes.heads.dialects import dialect_of, read_config
 from graft.passes.hydra_heads import HydraHeads
 from graft.passes.medusa_heads import MedusaHeads
 from graft.runtime.decoder import Decoder, Rows
-from graft.runtime.top_tokens import top_rows
 
 PROMPT_ROWS = 512
 """Hidden states that a prefix layer reads in one call at most."""
@@ -189,7 +188,7 @@ class HeadsDrafting(ABC):
 
     def best(self, logits: Tensor) -> list[Candidates]:
         """The best tokens of each row of [rows, v], with their probabilities."""
-        chosen = top_rows(logits, min(self.count, logits.shape[1])).cpu().numpy()
+        chosen = self.levels[0].top(logits, min(self.count, logits.shape[1])).cpu().numpy()
         values = logits.detach().cpu().numpy()
         found = np.take_along_axis(values, chosen, 1)
         shares = np.exp(found - found[:, :1]) / np.exp(values - found[:, :1]).sum(1, keepdims=True)

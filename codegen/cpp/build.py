@@ -1,33 +1,26 @@
 """Compiles generated C++ to shared libraries, and keeps them in a folder where later builds find them.
 
-An entry of the cache is a folder named after the SHA-256 of all that determines the library: source, headers, options,
-compiler. It appears by one rename of a folder that is complete and on disk, so a build that is killed leaves a
-temporary folder and never half an entry; the library's own digest lies beside it, and one that does not match is
-built again. An entry holds what a reader needs, too: the source, its headers, and the command that was run.
+An entry of the cache (codegen/cache.py) is determined by source, headers, options and compiler. The library's own
+digest lies beside it, and one that does not match is built again. An entry holds what a reader needs, too: the source,
+its headers, and the command that was run.
 """
 
 from __future__ import annotations
 
-import atexit
 import errno
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
-import tempfile
-import time
-import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
-
+from graft.codegen.cache import FAILED, LOCK_WAIT, cache_folder, lock, private_folder, publish, sync, tidy, write
 from graft.codegen.cpp.isa import Isa
 from graft.compiler.errors import LoweringError
 
@@ -42,11 +35,6 @@ SOURCE, LIBRARY, DIGEST = "function.cpp", "function.so", "function.so.sha256"
 COMMAND, OUTPUT = "command.txt", "output.txt"
 RESERVED = frozenset({SOURCE, LIBRARY, DIGEST, COMMAND, OUTPUT})
 
-MAX_ENTRIES, MAX_BYTES = 64, 512 * 2**20
-# Seconds. An entry just returned is about to be loaded; a lock held this long belongs to a process that is stopped.
-JUST_USED, STALE, LOCK_WAIT = 60.0, 86400.0, 600.0
-TEMPORARY, FAILED = "tmp-", "failed-"
-ENTRY = re.compile(rf"(?:{FAILED})?([0-9a-f]{{64}})")
 # What the compiler or linker prints, in the C locale, where the fault is the disk's and not the source's.
 DISK_IS_FULL = ("No space left on device", "Disk quota exceeded")
 SHOWN_LINES = 12
@@ -150,16 +138,6 @@ def run(
     )
 
 
-def cache_folder(cache: Path | None) -> Path:
-    """The folder of the cache, absolute unless it is the default and there is no home folder to put it in."""
-    chosen = cache or os.environ.get("GRAFT_CACHE")
-    if chosen:
-        return Path(os.path.expanduser(chosen)).absolute()
-    # The XDG specification has relative paths ignored.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "graft"
-
-
 def cached(unit: Unit, folder: Path) -> Path:
     """The unit's library in the cache, built there where need be; OSError where the folder cannot be used."""
     if not folder.is_absolute():
@@ -187,8 +165,7 @@ def uncached(unit: Unit, folder: Path, reason: OSError) -> Path:
     """The unit's library, built in a temporary folder of its own that this process removes when it exits."""
     why = reason.strerror or str(reason)
     try:
-        private = Path(tempfile.mkdtemp(prefix="graft-"))
-        atexit.register(remove_own, private, os.getpid())
+        private = private_folder()
         failure = compile_in(private, unit)
     except OSError as second:
         raise LoweringError(
@@ -210,25 +187,16 @@ def uncached(unit: Unit, folder: Path, reason: OSError) -> Path:
     return private / LIBRARY
 
 
-def remove_own(private: Path, owner: int) -> None:
-    """Remove a process's temporary folder; in a fork of the process, leave it."""
-    if os.getpid() == owner:
-        shutil.rmtree(private, ignore_errors=True)
-
-
 def install(unit: Unit, folder: Path) -> Path:
     """Build the unit's entry, in place of a damaged one if there is one; the caller holds its lock."""
-    staging = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-    staging.mkdir()
-    try:
+    failure: str | None = None
+
+    def fill(staging: Path) -> str:
+        nonlocal failure
         failure = compile_in(staging, unit)
-        entry = folder / (unit.key if failure is None else f"{FAILED}{unit.key}")
-        if os.path.lexists(entry):
-            discard(entry)
-        os.replace(staging, entry)
-        sync(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        return unit.key if failure is None else f"{FAILED}{unit.key}"
+
+    entry = publish(folder, fill)
     if failure is not None:
         raise rejected(unit, failure, entry)
     return entry / LIBRARY
@@ -269,83 +237,6 @@ def intact(entry: Path) -> Path | None:
     except OSError:
         return None
     return library if whole else None
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Have a folder's names on disk, on file systems that know the request."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def lock(folder: Path, key: str, timeout: float) -> FileLock:
-    """The lock of an entry, for `with`; OSError after `timeout` seconds. The kernel frees a dead process's.
-
-    Entries share 256 locks, because a lock's file cannot be removed safely while others may wait for it.
-    """
-    locks = folder / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return FileLock(locks / f"{key[:2]}.lock", timeout=timeout)
-
-
-def discard(path: Path) -> None:
-    """Remove a folder so that it is never seen with only a part of its files."""
-    doomed = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    os.replace(path, doomed)
-    remove(doomed)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def tidy(folder: Path) -> None:
-    """Remove what killed builds left, and the entries beyond the bounds that were not used for longest.
-
-    What cannot be removed, or is locked by a build, stays until the next time.
-    """
-    for path in names(folder):
-        if path.name.startswith(TEMPORARY):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE:
-                    remove(path)
-    size = 0
-    entries = sorted((used_and_size(path) for path in names(folder) if ENTRY.fullmatch(path.name)), reverse=True)
-    for count, (_, own_size, entry) in enumerate(entries, start=1):
-        size += own_size
-        if count > MAX_ENTRIES or size > MAX_BYTES:
-            with suppress(OSError), lock(folder, entry.name.removeprefix(FAILED), timeout=0):
-                # Looked at again, with the lock held: another build may just have returned it.
-                if time.time() - entry.stat().st_mtime > JUST_USED:
-                    discard(entry)
-
-
-def names(folder: Path) -> Iterator[Path]:
-    with suppress(OSError):
-        yield from sorted(folder.iterdir())
-
-
-def used_and_size(entry: Path) -> tuple[float, int, Path]:
-    """(last use in seconds since 1970, bytes, the entry itself); zeros for one that has just been removed."""
-    try:
-        size = sum(path.stat().st_size for path in entry.rglob("*"))
-        return entry.stat().st_mtime, size, entry
-    except OSError:
-        return 0.0, 0, entry
 
 
 def check_headers(headers: Mapping[str, str]) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graft.codegen.arena import place_arrays, row_bytes
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
-from graft.codegen.cpp.memory import check_panels, pack, place_arrays, row_bytes
+from graft.codegen.cpp.memory import check_panels, pack
 from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, MatmulKernel, parameters_behind
 from graft.codegen.prediction import Prediction, cached_rates, calibrate
 from graft.codegen.records import record

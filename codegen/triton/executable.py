@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.codegen.arena import place_arrays
 from graft.codegen.aten_rows import Loose, run_rows
-from graft.codegen.cpp.memory import place_arrays
 from graft.codegen.kernel_ir import Array, AtenKernel, Kernels
 from graft.codegen.prediction import Prediction
 from graft.codegen.records import record

@@ -1,23 +1,19 @@
 """From kernels to a loaded module: the source as one file of Python, and the launches of a step in order.
 
-The file lies in the cache of compiled code (cpp/build.py), in an entry named after the SHA-256 of the source; Triton
-keeps what it compiles from it in a cache of its own.
+The file lies in the cache of compiled code (codegen/cache.py), in an entry named after the SHA-256 of the source;
+Triton keeps what it compiles from it in a cache of its own.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
-import shutil
-import tempfile
-import uuid
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from graft.codegen.cpp.build import LOCK_WAIT, TEMPORARY, cache_folder, discard, lock, remove_own, sync, tidy, write
+from graft.codegen.cache import LOCK_WAIT, cache_folder, lock, private_folder, publish, tidy, write
 from graft.codegen.kernel_ir import (
     AppendKernel,
     AtenKernel,
@@ -126,7 +122,7 @@ def saved(source: str, folder: Path) -> Path:
             if intact(entry / SOURCE, source):
                 os.utime(entry)
                 return entry / SOURCE
-            install(source, folder, entry)
+            publish(folder, lambda staging: write_source(staging, source, key))
         tidy(folder)
         return entry / SOURCE
     except OSError as reason:
@@ -138,8 +134,7 @@ def saved(source: str, folder: Path) -> Path:
             RuntimeWarning,
             stacklevel=4,
         )
-        private = Path(tempfile.mkdtemp(prefix="graft-")) / key
-        atexit.register(remove_own, private.parent, os.getpid())
+        private = private_folder() / key
         write(private / SOURCE, source)
         return private / SOURCE
 
@@ -152,15 +147,7 @@ def intact(path: Path, source: str) -> bool:
         return False
 
 
-def install(source: str, folder: Path, entry: Path) -> None:
-    """Write an entry, complete before it gets its name; the caller holds its lock."""
-    staging = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        write(staging / SOURCE, source)
-        sync(staging)
-        if os.path.lexists(entry):
-            discard(entry)
-        os.replace(staging, entry)
-        sync(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def write_source(folder: Path, source: str, key: str) -> str:
+    """Write the source into a folder that is to become an entry; returns the entry's name."""
+    write(folder / SOURCE, source)
+    return key

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import graft
+from graft.codegen import cache as folders
 from graft.codegen.cpp import build as module
 from graft.codegen.cpp.build import NoCompiler, build, compiler
 from graft.codegen.cpp.isa import ISAS
@@ -36,7 +37,7 @@ def answer(library: Path) -> int:
 
 
 def entries(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir() if module.ENTRY.fullmatch(path.name))
+    return sorted(path.name for path in cache.iterdir() if folders.ENTRY.fullmatch(path.name))
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,7 @@ def test_a_compiler_that_makes_nothing_is_one_that_fails(
 
 @pytest.mark.usefixtures("fast")
 def test_what_was_not_used_for_longest_is_removed_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(folders, "MAX_ENTRIES", 3)
     built = [build(f"// {i}", {}, PORTABLE, cache) for i in range(5)]
     assert len(entries(cache)) == 5, "those just returned are about to be loaded"
     for age, library in enumerate(built):
@@ -360,7 +361,7 @@ def test_the_cache_is_bounded_in_bytes_too(cache: Path, monkeypatch: pytest.Monk
     os.utime(old.parent, (0, 0))
     small = build("// small", {}, PORTABLE, cache)
     assert old.exists()
-    monkeypatch.setattr(module, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(folders, "MAX_BYTES", 100_000)
     last = build("// last", {}, PORTABLE, cache)
     assert entries(cache) == sorted(library.parent.name for library in (small, last))
 
@@ -369,8 +370,8 @@ def test_the_cache_is_bounded_in_bytes_too(cache: Path, monkeypatch: pytest.Monk
 def test_an_entry_that_a_build_has_locked_is_not_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = build("// held", {}, PORTABLE, cache)
     os.utime(held.parent, (0, 0))
-    monkeypatch.setattr(module, "MAX_ENTRIES", 1)
-    with module.lock(cache, held.parent.name, timeout=0):
+    monkeypatch.setattr(folders, "MAX_ENTRIES", 1)
+    with folders.lock(cache, held.parent.name, timeout=0):
         # A source whose lock is another one: builds that share a lock wait for each other.
         other = next(
             source for source in (f"// {i}" for i in range(300)) if unit_key(source)[:2] != held.parent.name[:2]

@@ -86,7 +86,10 @@ class HeadsNetwork(nn.Module):
 
 
 def initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """W starts as zero and R as torch's linear does, as in Medusa and Hydra; the prefix layer adds nothing at first."""
+    """W starts as zero, as in Medusa and Hydra; the prefix layer adds nothing at first. R starts as what takes the
+    hidden state over, where Hydra starts at random: what the unembedding reads is then of the target's kind."""
+    if name.endswith(".residual.weight"):
+        return torch.eye(*shape)
     if "norm" in name:
         return torch.ones(shape)
     if len(shape) == 1 or ".input." in name or ".blocks." in name or name in ("prefix.o_proj.weight", LAST):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +19,7 @@ from graft.codegen.kernel_ir import (
     AtenKernel,
     AttendKernel,
     GatherKernel,
+    Guard,
     Kernel,
     MatmulKernel,
     RowKernel,
@@ -29,6 +30,8 @@ from graft.codegen.triton.printed import Printed
 from graft.codegen.triton.rows import print_rows
 
 SOURCE = "kernels.py"
+GUARD_BLOCK = 64
+"""Rows whose masks a program looks at in one go."""
 
 HEAD = """import triton
 import triton.language as tl
@@ -79,6 +82,27 @@ def print_kernel(kernel: Kernel) -> tuple[Printed, ...]:
     raise AssertionError(f"no code for {type(kernel).__name__}")
 
 
+def guarded(printed: Printed, guard: Guard) -> Printed:
+    """The kernel, whose programs return at once where no row's mask is as it has to be. The mask is read on the device,
+    so that a CUDA graph holds the choice."""
+    kept = "!= 0" if guard.wanted else "== 0"
+    branch = (
+        "needed = 0",
+        f"for first in range(0, guard_rows, {GUARD_BLOCK}):",
+        f"    guard_at = first + tl.arange(0, {GUARD_BLOCK})",
+        f"    mask = tl.load(guard + guard_at, mask=guard_at < guard_rows, other={0.0 if guard.wanted else 1.0})",
+        f"    needed = tl.maximum(needed, tl.max((mask {kept}).to(tl.int32), 0))",
+        "if needed == 0:",
+        "    return",
+    )
+    return replace(
+        printed,
+        parameters=(*printed.parameters, ("guard", "*fp32"), ("guard_rows", "i32")),
+        body=(*branch, *printed.body),
+        arguments=(*printed.arguments, guard.mask.name, f"rows {guard.mask.rows}"),
+    )
+
+
 def print_code(kernels: tuple[Kernel, ...]) -> Code:
     """All kernels as one source; kernels that are equal but for what they are given are one function."""
     code, names, texts = Code(), dict[object, str](), [HEAD]
@@ -89,6 +113,7 @@ def print_code(kernels: tuple[Kernel, ...]) -> Code:
             continue
         launches = []
         for printed in print_kernel(kernel):
+            printed = printed if kernel.guard is None else guarded(printed, kernel.guard)
             same = printed.kind, printed.parameters, printed.body
             if same not in names:
                 names[same] = f"{printed.kind}_{len(names)}"

@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graft.codegen.aten import AtenExecutable
+from graft.codegen.kernel_ir import Array, Guard, MatmulKernel
 from graft.codegen.regions import cut
 from graft.codegen.scalar_ops import PRIMITIVES
 from graft.codegen.triton.executable import TritonExecutable, bucket_size
 from graft.codegen.triton.layout import lay_out
-from graft.codegen.triton.library import SOURCE, load, print_code, saved
+from graft.codegen.triton.library import GUARD_BLOCK, SOURCE, load, print_code, saved
 from graft.codegen.triton.matmul import tiling
 from graft.codegen.triton.printed import Printed
 from graft.codegen.triton.rows import BLOCK, SPELLING, print_rows
@@ -156,6 +158,31 @@ def run_rows_kernel(rows: Rows, results: list[Any]) -> list[Tensor]:
     return [tensors[node.name].reshape(rows.values[node].shape) for node in results]
 
 
+def measure_guards() -> dict[str, bool]:
+    """Whether kernels run only where some row's mask is as wanted, over more rows than are looked at in one go."""
+    found, count = {}, GUARD_BLOCK + 3
+    for wanted in (True, False):
+        for odd in (None, 0, count - 1):
+            rows = Rows()
+            x = rows.input(torch.arange(1.0, 2 * count + 1).reshape(count, 2))
+            kernel = replace(
+                rows.kernel([result := rows.call(aten.mul.Tensor, x, 3.0)]),
+                guard=Guard(Array("mask", torch.float32, 1, "N"), wanted),
+            )
+            code = print_code((kernel,))
+            mask = torch.full((count, 1), 0.0 if wanted else 1.0)
+            if odd is not None:
+                mask[odd] = 1 - mask[odd]
+            out = torch.zeros(count, 2)
+            named = {"mask": mask, "rows N": count, x.name: rows.values[x], result.name: out}
+            printed = code.launches[0].printed
+            function = getattr(load(code.source), code.launches[0].function)
+            function[printed.grid.programs(count)](*(named[name] for name in printed.arguments))
+            expected = torch.zeros_like(out) if odd is None else rows.values[result]
+            found[f"{wanted} {odd}"] = torch.equal(out, expected)
+    return found
+
+
 def measure_wide() -> dict[str, float]:
     """Row kernels over more elements than one block has: a reduction, several at once, a softmax, and plain ones."""
     generator, found = torch.Generator().manual_seed(1), {}
@@ -203,7 +230,8 @@ def measure_scalars() -> dict[str, float]:
 
 def main() -> None:
     found: dict[str, Any] = {f"{family} {dtype}": measure_family(family, dtype) for family, dtype in CASES}
-    found |= {"company": measure_company(), "wide": measure_wide(), "scalars": measure_scalars()}
+    found |= {"company": measure_company(), "guards": measure_guards()}
+    found |= {"wide": measure_wide(), "scalars": measure_scalars()}
     print(json.dumps(found))
 
 
@@ -233,6 +261,10 @@ def test_it_computes_what_aten_computes(interpreted: dict[str, Any], family: str
 
 def test_a_rows_bits_do_not_depend_on_its_company(interpreted: dict[str, Any]) -> None:
     assert interpreted["company"] == dict.fromkeys(interpreted["company"], True)
+
+
+def test_what_no_row_needs_is_not_run(interpreted: dict[str, Any]) -> None:
+    assert interpreted["guards"] == dict.fromkeys(interpreted["guards"], True)
 
 
 def test_rows_wider_than_a_block_are_computed_piece_by_piece(interpreted: dict[str, Any]) -> None:
@@ -278,7 +310,10 @@ def printed_kernels() -> dict[str, Any]:
     """The distinct kernels of llama and gemma2 in bfloat16, and their source under no name."""
     with torch.no_grad():
         cuts = [cut(function_of(family, "bfloat16", **FAMILIES[family])) for family in ("llama", "gemma2")]
-    code = print_code(tuple(kernel for one in cuts for kernel in one.kernels))
+    kernels = [kernel for one in cuts for kernel in one.kernels]
+    product = next(kernel for kernel in kernels if isinstance(kernel, MatmulKernel))
+    guard = Guard(Array("mask", torch.float32, 1, "N"), True)
+    code = print_code((*kernels, replace(product, guard=guard)))
     return {"": code.source} | {one.function: one.printed for one in code.launches}
 
 

@@ -280,5 +280,8 @@ class Controller(ABC):
     """How much to draft."""
 
     @abstractmethod
-    def open(self, max_nodes: int, step_seconds: Callable[[int], float]) -> Control:
-        """`step_seconds(T)` is the measured time of one target step over T rows, the root included."""
+    def open(
+        self, max_nodes: int, step_seconds: Callable[[int], float], draft_seconds: Callable[[], float]
+    ) -> Control:
+        """`step_seconds(T)` is the measured time of one target step over T rows, the root included,
+        `draft_seconds()` what drafting has taken lately in a step with drafts."""

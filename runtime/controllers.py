@@ -23,7 +23,9 @@ class FixedBudget(Controller):
                 "The budget is negative.", expected="0 or more nodes", found=self.nodes, where="FixedBudget.nodes"
             )
 
-    def open(self, max_nodes: int, step_seconds: Callable[[int], float]) -> Control:
+    def open(
+        self, max_nodes: int, step_seconds: Callable[[int], float], draft_seconds: Callable[[], float]
+    ) -> Control:
         """See `Controller.open`."""
         return _Constant(max_nodes if self.nodes is None else min(self.nodes, max_nodes))
 
@@ -51,8 +53,8 @@ class Adaptive(Controller):
     to the step: the estimates of the drafter, corrected by how often such estimates came true. Where drafts are drawn,
     what is kept must not depend on what was drawn. There the number of nodes is decided beforehand from how often the
     node of rank r was accepted, a[r], and how often there was one, d[r]: n nodes give 1 + a[0] + ... + a[n-1] tokens
-    for step_seconds(1 + d[0] + ... + d[n-1]). If the best n of 0..max_nodes by these rates is 0, drafting of either
-    kind is switched off.
+    for step_seconds(1 + d[0] + ... + d[n-1]) and what drafting takes. If the best n of 0..max_nodes by these rates is
+    0, drafting of either kind is switched off.
 
     What is not drafted is not observed. So every `explore` steps a larger tree is tried, all of it where drawn drafts
     pay and `probe` nodes where drafting is off; each time no further node is accepted, the wait doubles, up to 16 times
@@ -73,9 +75,11 @@ class Adaptive(Controller):
                 where="Adaptive",
             )
 
-    def open(self, max_nodes: int, step_seconds: Callable[[int], float]) -> Control:
+    def open(
+        self, max_nodes: int, step_seconds: Callable[[int], float], draft_seconds: Callable[[], float]
+    ) -> Control:
         """See `Controller.open`."""
-        return AdaptiveControl(self, max_nodes, step_seconds)
+        return AdaptiveControl(self, max_nodes, step_seconds, draft_seconds)
 
 
 class Correction:
@@ -133,6 +137,7 @@ class AdaptiveControl:
     spec: Adaptive
     max_nodes: int
     step_seconds: Callable[[int], float]
+    draft_seconds: Callable[[], float]
     key: str = field(default="adaptive controller", init=False)
 
     RENEWED = 4
@@ -181,12 +186,14 @@ class AdaptiveControl:
         return tree if chosen == len(tree) else tree.select(sorted(order[:chosen]))
 
     def best(self, rates: Rates) -> int:
-        """argmax over n of (1 + expected accepted) / (seconds of the expected rows); the smallest one of equals."""
+        """argmax over n of (1 + expected accepted) / (seconds of the expected rows and of drafting); the smallest of
+        equals."""
         tokens, rows, chosen, most = 1.0, 1.0, 0, 1.0 / self._seconds(1.0)
+        drafting = self.draft_seconds()
         for rank in range(self.max_nodes):
             tokens += rates.accepted[rank]
             rows += rates.drafted[rank]
-            goodput = tokens / self._seconds(rows)
+            goodput = tokens / (self._seconds(rows) + drafting)
             if goodput > most:
                 chosen, most = rank + 1, goodput
         return chosen
@@ -216,7 +223,8 @@ class AdaptiveControl:
             if parent == ROOT or parent in hits:
                 rates.correction.learn(tree.probabilities[node], node in hits)
         rates.tokens += (1 + len(hits) - rates.tokens) / self.spec.memory
-        rates.seconds += (self.step_seconds(1 + len(tree)) - rates.seconds) / self.spec.memory
+        seconds = self.step_seconds(1 + len(tree)) + (self.draft_seconds() if tree.tokens else 0.0)
+        rates.seconds += (seconds - rates.seconds) / self.spec.memory
 
     def _seconds(self, rows: float) -> float:
         whole = int(rows)

@@ -74,7 +74,8 @@ class Generator:
             with Run(decoder, settings, verifier, self.drafter) as run:
                 if self.drafter is not None and self.policy is not None and self.controller is not None:
                     run.drafting = self.drafter.open(decoder, self.policy)
-                    run.control = self.controller.open(self.nodes - 1, self.step_times.seconds)
+                    times = self.step_times
+                    run.control = self.controller.open(self.nodes - 1, times.seconds, times.draft_seconds)
                     run.times = self.step_times
                 if settings.streamer is not None:
                     settings.streamer.put(settings.input_ids.cpu())

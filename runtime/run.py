@@ -136,9 +136,12 @@ def draft(run: Run) -> dict[int, DraftTree]:
             tree = control.keep(request.context, tree)
             if tree.tokens:
                 trees[request.row] = tree
-    run.stats.mark("draft")
-    if run.times is not None and run.times.spent > measuring:
-        run.stats.move("draft", "calibration", run.times.spent - measuring)
+    spent = run.stats.mark("draft")
+    if run.times is not None:
+        if (measured := run.times.spent - measuring) > 0:
+            run.stats.move("draft", "calibration", measured)
+        if requests:
+            run.times.observe_drafting(len(requests), spent - measured)
     return trees
 
 

@@ -36,6 +36,7 @@ class StepTimes:
         self.common: tuple[int, float] = (0, 1.0)
         self.spent = 0.0
         """Seconds that measuring itself has taken."""
+        self.drafting: tuple[int, float] = (0, 0.0)
 
     def seconds(self, rows: int) -> float:
         """Seconds of one step over `rows` rows, the roots included; measures on the decoder where it must.
@@ -44,6 +45,14 @@ class StepTimes:
         """
         low, high, share = bracket(rows)
         return max(0.0, self.anchor(low) * (1 - share) + self.anchor(high) * share)
+
+    def draft_seconds(self) -> float:
+        """What drafting has taken lately, by request and step in which it drafted."""
+        return self.drafting[1]
+
+    def observe_drafting(self, requests: int, seconds: float) -> None:
+        """Learn from a step in which so many requests drafted."""
+        self.drafting = running(self.drafting, seconds / requests)
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a real step."""

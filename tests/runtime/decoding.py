@@ -48,7 +48,7 @@ class Always(Controller):
 
     nodes: int = 7
 
-    def open(self, max_nodes: int, step_seconds: object) -> Control:
+    def open(self, max_nodes: int, step_seconds: object, draft_seconds: object) -> Control:
         return Constant(min(self.nodes, max_nodes))
 
 

@@ -31,7 +31,7 @@ def drive(
     accept: Callable[[int], int], seconds: Callable[[int], float], steps: int, kind: DraftKind, nodes: int = 16
 ) -> list[int]:
     """How many nodes were verified in each of some steps, where step s would accept that many tokens of a chain."""
-    control, context = Adaptive().open(nodes, seconds), Context([1, 2, 3], 3)
+    control, context = Adaptive().open(nodes, seconds, free), Context([1, 2, 3], 3)
     return [step_of(control, context, nodes, accept(step), kind) for step in range(steps)]
 
 
@@ -43,10 +43,14 @@ def linear(rows: int) -> float:
     return float(rows)
 
 
+def free() -> float:
+    return 0.0
+
+
 def test_a_fixed_budget_is_what_it_says_but_no_more_than_the_tree_has() -> None:
     context = Context([1], 1)
-    assert [FixedBudget(n).open(16, flat).budget(context) for n in (0, 5, 40)] == [0, 5, 16]
-    assert FixedBudget().open(12, flat).budget(context) == 12
+    assert [FixedBudget(n).open(16, flat, free).budget(context) for n in (0, 5, 40)] == [0, 5, 16]
+    assert FixedBudget().open(12, flat, free).budget(context) == 12
     with pytest.raises(PlanError, match="negative"):
         FixedBudget(-1)
 
@@ -82,6 +86,15 @@ def test_it_switches_on_again_when_the_text_becomes_easy(kind: DraftKind) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_drafting_that_takes_longer_than_it_saves_is_switched_off(kind: DraftKind) -> None:
+    for seconds, share in ((0.5, 0.95), (5.0, 0.1)):
+        control, context = Adaptive().open(8, flat, lambda seconds=seconds: seconds), Context([1], 1)  # type: ignore[misc]
+        kept = [step_of(control, context, 8, 2, kind) for _ in range(400)]
+        drafted = sum(nodes > 0 for nodes in kept[100:]) / 300
+        assert drafted > share if share > 0.5 else drafted < share
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_stops_drafting_where_the_depth_that_is_accepted_ends(kind: DraftKind) -> None:
     """Always three tokens, and rows that cost. Drawn drafts are told apart by their depth; of deterministic ones the
     drafter says the same of all, so that what it says is corrected for all."""
@@ -93,7 +106,7 @@ def test_the_decision_is_the_best_ratio_of_expected_tokens_to_expected_seconds()
     def seconds(rows: int) -> float:
         return 1.0 + 0.2 * max(0, rows - 4) ** 1.5
 
-    control = Adaptive().open(8, seconds)
+    control = Adaptive().open(8, seconds, free)
     assert isinstance(control, AdaptiveControl)
     chance = random.Random(1)
     context = Context([1], 1)
@@ -112,7 +125,7 @@ def test_the_decision_is_the_best_ratio_of_expected_tokens_to_expected_seconds()
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_smaller_than_the_budget_costs_only_the_rows_that_it_has(kind: DraftKind) -> None:
     """A drafter that is seldom sure, and right when it is, stays on although it is right in one step of eight."""
-    control, context, kept = Adaptive().open(4, lambda rows: 1.0 + 0.5 * rows), Context([1], 1), []
+    control, context, kept = Adaptive().open(4, lambda rows: 1.0 + 0.5 * rows, free), Context([1], 1), []
     for step in range(600):
         kept.append(step_of(control, context, 4 if step % 8 == 0 else 0, 4, kind))
     assert kept[-96:] == [4, 0, 0, 0, 0, 0, 0, 0] * 12
@@ -120,7 +133,7 @@ def test_a_tree_smaller_than_the_budget_costs_only_the_rows_that_it_has(kind: Dr
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_learn_by_themselves_and_their_state_does_not_grow(kind: DraftKind) -> None:
-    control = Adaptive().open(16, lambda rows: 1.0 + 0.3 * rows)
+    control = Adaptive().open(16, lambda rows: 1.0 + 0.3 * rows, free)
     good, bad = Context([1], 1), Context([2], 1)
     for _ in range(500):
         for context, accepted in ((good, 16), (bad, 0)):
@@ -134,14 +147,14 @@ def test_requests_learn_by_themselves_and_their_state_does_not_grow(kind: DraftK
 
 def test_of_a_deterministic_tree_the_nodes_that_pay_are_kept() -> None:
     """At one token a second, a row is worth its tenth of a second from an estimate of a tenth on."""
-    control, context = Adaptive().open(16, lambda rows: 1.5 + 0.1 * (rows - 1)), Context([1], 1)
+    control, context = Adaptive().open(16, lambda rows: 1.5 + 0.1 * (rows - 1), free), Context([1], 1)
     tree = DraftTree([1, 2, 3, 4, 5], [ROOT, ROOT, 0, 1, 2], [0.6, 0.12, 0.5, 0.5, 0.2])
     kept = control.keep(context, tree)
     assert (kept.tokens, kept.parents) == ([1, 2, 3], [ROOT, ROOT, 0])
 
 
 def test_what_is_kept_of_drawn_drafts_does_not_depend_on_their_estimates() -> None:
-    control, context = Adaptive().open(16, linear), Context([1], 1)
+    control, context = Adaptive().open(16, linear, free), Context([1], 1)
     for probability in (0.001, 0.999):
         tree = chain(5, "independent", probability)
         assert control.keep(context, tree) is tree
@@ -162,7 +175,7 @@ def test_without_nodes_nothing_is_drafted_or_measured() -> None:
     def never(rows: int) -> float:
         raise AssertionError
 
-    control, context = Adaptive().open(0, never), Context([1], 1)
+    control, context = Adaptive().open(0, never, free), Context([1], 1)
     assert control.budget(context) == 0
     control.observe(context, Outcome(DraftTree(), [], 1))
     assert context.data == {}

@@ -29,6 +29,7 @@ from graft.compiling import compile
 from graft.loading import load
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
+from graft.passes.confidence_exit import ConfidenceExit
 from graft.passes.dead_code import DeadCode
 from graft.passes.drop_block import DropBlock
 from graft.passes.early_exit import EarlyExit
@@ -37,6 +38,7 @@ from graft.passes.kv_cache import KVCache
 from graft.passes.layer_parallel import LayerParallel
 from graft.passes.medusa_heads import MedusaHeads
 from graft.passes.merge_linears import MergeLinears
+from graft.passes.skip_decode import SkipDecode
 from graft.passes.skip_ffn import SkipFFN
 from graft.runtime.controllers import Adaptive, FixedBudget
 from graft.runtime.drafters.draft_model import DraftModel
@@ -61,6 +63,7 @@ __all__ = [
     "CheckpointError",
     "CommonSubexpression",
     "CompiledModel",
+    "ConfidenceExit",
     "Controller",
     "DeadCode",
     "DraftModel",
@@ -92,6 +95,7 @@ __all__ = [
     "SampleAndMatch",
     "SaveError",
     "SelfDraft",
+    "SkipDecode",
     "SkipFFN",
     "StateError",
     "TrainOptions",

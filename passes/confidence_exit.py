@@ -33,12 +33,12 @@ from graft.passes.skip_decode import skip_blocks
 @dataclass(frozen=True)
 class ConfidenceExit(Pass):
     """An early exit by confidence (CALM's softmax criterion, 2207.07061, at one layer): where the final norm and the
-    unembedding, put behind the first `layer` layers, give a token at least the probability `threshold`, the row goes past
-    the layers that are left, and its logits are those. Every row decides for itself.
+    unembedding, put behind the first `layer` layers, give a token at least the probability `threshold`, the row goes
+    past the layers that are left, and its logits are those. Every row decides for itself.
 
-    Keys and values of the layers gone past are projected from the stream at the exit, so that later tokens find them; the
-    rest of a layer reads no weights where every row is past it. The test itself reads the unembedding, which is worth it
-    only where what follows is much larger.
+    Keys and values of the layers gone past are projected from the stream at the exit, so that later tokens find them;
+    the rest of a layer reads no weights where every row is past it. The test itself reads the unembedding, which is
+    worth it only where what follows is much larger.
     """
 
     layer: int

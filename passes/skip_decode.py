@@ -26,8 +26,8 @@ from graft.compiler.trunk import Block
 @dataclass(frozen=True)
 class SkipDecode(Pass):
     """SkipDecode's schedule (2307.02628): of all layers `most` run at the beginning of the text and, falling evenly,
-    `fewest` from position `length` on: the `first` ones, and the last. A layer once skipped is skipped from there on, so
-    no later token misses a key. The paper counts generated tokens, and trains for it; here a token's position decides,
+    `fewest` from position `length` on: the `first` ones, and the last. A layer once skipped is skipped from there on,
+    so no later token misses a key. The paper counts generated tokens, and trains for it; here a token's position decides,
     so that prefilled, decoded and drafted tokens are treated alike. Keys and values of a skipped layer are projected
     from the stream that goes past it; its attention and feed-forward read no weights where every row skips them.
     """
@@ -43,7 +43,7 @@ class SkipDecode(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical", "cache-free"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.fewest or not 0 <= self.first <= self.fewest or self.length < 1:
+        if self.fewest < 1 or not 0 <= self.first <= self.fewest or self.length < 1:
             raise PlanError(
                 "the options of skip-decode are out of range",
                 expected="fewest of 1 or more, first of 0 to fewest, length of 1 or more",

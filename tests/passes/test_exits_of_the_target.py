@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ def function_of(listing: str) -> Function:
 )
 def test_the_docstring_shows_what_it_does(module: Any, one: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
     # A layer begins with attention; here every block stands for one.
-    monkeypatch.setattr("graft.compiler.trunk.Trunk.layers", property(lambda trunk: [[block] for block in trunk.blocks]))
+    layers = property(lambda trunk: [[block] for block in trunk.blocks])
+    monkeypatch.setattr("graft.compiler.trunk.Trunk.layers", layers)
     before, after = listings(module)
     function, expected = function_of(before), function_of(after)
     transform(function, one)
@@ -94,7 +96,7 @@ def test_layers_are_left_out_by_position_and_for_good() -> None:
     positions = torch.arange(TOKENS.shape[1]).expand(TOKENS.shape)
     depths = [round(6 - 4 * min(at, 8) / 8) for at in range(TOKENS.shape[1])]
     running = [{0, *range(6 - (depth - 1), 6)} for depth in depths]
-    assert depths[0] == 6 and depths[-1] == 2 and all(a >= b for a, b in zip(running, running[1:], strict=False))
+    assert depths[0] == 6 and depths[-1] == 2 and all(a >= b for a, b in pairwise(running))
     skipped = torch.tensor([[layer not in layers for layers in running] for layer in range(6)])
     expected = going_past(model, lambda layer, _: skipped[layer][positions])
     assert (logits_of(model, SkipDecode(fewest=2, length=8, first=1)) - expected).abs().max() < 1e-5

@@ -27,9 +27,10 @@ from graft.compiler.trunk import Block
 class SkipDecode(Pass):
     """SkipDecode's schedule (2307.02628): of all layers `most` run at the beginning of the text and, falling evenly,
     `fewest` from position `length` on: the `first` ones, and the last. A layer once skipped is skipped from there on,
-    so no later token misses a key. The paper counts generated tokens, and trains for it; here a token's position decides,
-    so that prefilled, decoded and drafted tokens are treated alike. Keys and values of a skipped layer are projected
-    from the stream that goes past it; its attention and feed-forward read no weights where every row skips them.
+    so no later token misses a key. The paper counts generated tokens, and trains for it; here a token's position
+    decides, so that prefilled, decoded and drafted tokens are treated alike. Keys and values of a skipped layer are
+    projected from the stream that goes past it; its attention and feed-forward read no weights where every row skips
+    them.
     """
 
     fewest: int

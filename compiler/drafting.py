@@ -48,7 +48,8 @@ class DraftTree:
 
     `parents[i] < i` indexes into the tree, or is ROOT. `probabilities[i]` estimates that node i is accepted given that
     its parent was. Siblings hold different tokens unless the kind is "independent". `q[p]` is the distribution
-    (float64 [vocabulary]) that the children of node p were drawn from, for kinds that draw.
+    (float64 [vocabulary]) that the children of node p were drawn from, for kinds that draw: the first one where they
+    were drawn without replacement, in the order of their indices.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -56,6 +57,8 @@ class DraftTree:
     probabilities: list[float] = field(default_factory=list)
     kind: DraftKind = "deterministic"
     q: dict[int, np.ndarray] = field(default_factory=dict)
+    noise: Callable[[int, int], float] | None = field(default=None, repr=False, compare=False)
+    """(node, rank) -> a number in [0, 1) of its own for that child, where drafts are drawn: for policies that draw."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -113,7 +116,11 @@ class Outcome:
 
 
 Candidates = list[tuple[int, float]]
-"""Possible next tokens with estimated acceptance probability, most probable first, no token twice."""
+"""Possible next tokens with estimated acceptance probability, most probable first, no token twice.
+
+Where drafts are drawn: (token, q[token]) in the order drawn. A policy takes as many as it likes, from the first on; a
+token may come again if the draws are independent.
+"""
 
 Growth = Generator[list[int], list[Candidates], DraftTree]
 """A tree being grown: yields the nodes whose candidates it wants next, is sent one list for each, returns the tree.
@@ -211,9 +218,12 @@ class TreePolicy(ABC):
     def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
         """Grow the empty `tree` to at most `budget` nodes, in the way that is right for `tree.kind`.
 
-        Where drafts are drawn, which nodes to keep must not depend on what was drawn: dropping unlikely samples after
-        the fact would change q. `by_level` asks for the candidates of a whole level at once, for drafters that pay for
-        every question with a run of a model; several requests can then be grown in lockstep.
+        Where drafts are drawn, whether to keep a node must depend neither on its own token, nor on siblings drawn after
+        it, nor on anything below these: dropping unlikely samples after the fact would change q. It may depend on
+        whatever else was drawn, and siblings keep the order in which they were drawn.
+
+        `by_level` asks for the candidates of a whole level at once, for drafters that pay for every question with a run
+        of a model; several requests can then be grown in lockstep.
         """
 
 

@@ -48,7 +48,8 @@ from graft.runtime.drafters.lookup import Lookup
 from graft.runtime.drafters.recycle import Recycle
 from graft.runtime.drafters.self_draft import SelfDraft
 from graft.runtime.drafters.trie import Trie
-from graft.runtime.tree_policies import BestFirst, Chain, Fixed
+from graft.runtime.rejection import KSeq, RecursiveRejection
+from graft.runtime.tree_policies import BestFirst, Chain, Fixed, StochasticBeam
 from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch
 from graft.training import TrainOptions, train_heads
 
@@ -77,6 +78,7 @@ __all__ = [
     "GreedyWalk",
     "Heads",
     "HydraHeads",
+    "KSeq",
     "KVCache",
     "Kangaroo",
     "LayerParallel",
@@ -91,6 +93,7 @@ __all__ = [
     "PassWarning",
     "Plan",
     "PlanError",
+    "RecursiveRejection",
     "Recycle",
     "SampleAndMatch",
     "SaveError",
@@ -98,6 +101,7 @@ __all__ = [
     "SkipDecode",
     "SkipFFN",
     "StateError",
+    "StochasticBeam",
     "TrainOptions",
     "Tree",
     "TreePolicy",

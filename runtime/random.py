@@ -12,8 +12,15 @@ import numpy as np
 
 from graft.compiler.errors import GenerationError
 
-STREAMS: Final = {"draft": 0, "accept": 1, "resample": 2, "sample": 3}
+STREAMS: Final = {
+    "draft": 0, "accept": 1, "resample": 2, "sample": 3, "accept siblings": 4, "draft siblings": 5, "beam": 6
+}  # fmt: skip
 """Streams never overlap: what a drafter draws must be independent of what decides about it."""
+
+RANKS: Final = 64
+"""Siblings of one node that have random numbers of their own."""
+
+_NODES: Final = 4096
 
 _BLOCK: Final = 64
 _WORDS_PER_COUNT: Final = 4  # one step of Philox4x64's counter gives four words
@@ -53,6 +60,21 @@ class Streams:
         key = np.array([self.seed, STREAMS[stream]], dtype=np.uint64)
         words = np.random.Philox(key=key, counter=block * (_BLOCK // _WORDS_PER_COUNT)).random_raw(_BLOCK)
         return ((words >> np.uint64(11)) * _MANTISSA).tolist()
+
+
+def sibling(position: int, rank: int) -> int:
+    """Counter of the number that decides about the sibling of that rank, for a token at `position` of the text."""
+    return position * RANKS + rank
+
+
+def drawn_node(root: int, node: int, rank: int) -> int:
+    """Counter of a number that the child of that rank of tree node `node` is drawn by.
+
+    `root` is the length of the text that the tree was drafted for, not the child's own position: which siblings a tree
+    has may depend on what was drawn deeper, so a number that was drawn by once must not be used for the same position
+    again when a later step drafts it anew.
+    """
+    return (root * _NODES + node + 1) * RANKS + rank
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:

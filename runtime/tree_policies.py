@@ -1,9 +1,13 @@
-"""Shapes of draft trees: a chain, a fixed template, or best-first by estimated probability."""
+"""Shapes of draft trees: a chain, a fixed template, best-first by estimated probability, a stochastic beam."""
 
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from graft.compiler.drafting import ROOT, Candidates, DraftKind, DraftTree, Growth, TreePolicy
 from graft.compiler.errors import PlanError
@@ -35,6 +39,9 @@ class Fixed(TreePolicy):
     `paths` holds one path for each node: (0,) is the best candidate at the root, (0, 2) the third best below it. Every
     prefix of a path must be a path too. With a budget below their number the first ones count, so list the better
     ones first; `Fixed.branching(3, 2)` lists the full tree with three children and two grandchildren each.
+
+    Where drafts are drawn no rank is better than another: a node's children are as many draws as it has paths, in the
+    order listed. `branching` with draws without replacement is RSD-C (2402.14160).
     """
 
     paths: tuple[tuple[int, ...], ...]
@@ -76,10 +83,13 @@ class Fixed(TreePolicy):
                 break
             answers = yield [node_of[path] for path in asked]
             candidates = dict(zip(asked, answers, strict=True))
+            taken = dict.fromkeys(asked, 0)
             for path in level:
                 ranked = candidates.get(path[:-1], [])
-                if path[-1] < len(ranked):
-                    token, probability = ranked[path[-1]]
+                rank = path[-1] if tree.kind in {"deterministic", "mixed"} else taken.get(path[:-1], 0)
+                if rank < len(ranked):
+                    token, probability = ranked[rank]
+                    taken[path[:-1]] = rank + 1
                     node_of[path] = tree.add(token, node_of[path[:-1]], probability)
         return tree
 
@@ -97,7 +107,11 @@ class BestFirst(TreePolicy):
     that run a model, it is EAGLE-2's shape (2406.16858): every level extends the `width` best nodes of the one before
     it, and the best of all that were seen make the tree.
 
-    Drawn drafts grow as a chain: to choose among samples by their probability would change q.
+    Draws without replacement are chosen by what is known before they are drawn, as in DySpec's algorithm: the child of
+    rank i counts with the probability that its parent is reached times the mass of q that the i - 1 before it left,
+    (the estimate that they are rejected). Its threshold on these values is `floor`. DySpec's level-wise form keeps
+    whatever passes the threshold; here the best `nodes` of a plan are kept of it, which is what its heap would keep, as
+    far as `width` lets it see. Independent draws grow as a chain.
     """
 
     width: int = 4
@@ -115,14 +129,14 @@ class BestFirst(TreePolicy):
             )
 
     def branches(self, kind: DraftKind) -> bool:
-        """Deterministic drafts branch, drawn ones do not."""
-        return kind == "deterministic"
+        """Deterministic drafts branch, and those without replacement."""
+        return kind in {"deterministic", "without-replacement"}
 
     def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
         """See `TreePolicy.grow`."""
         if not self.branches(tree.kind):
             return (yield from Chain().grow(tree, budget))
-        if by_level:
+        if by_level or tree.kind == "without-replacement":
             return (yield from self._grow_by_level(tree, budget))
         return (yield from self._grow_by_node(tree, budget))
 
@@ -147,21 +161,89 @@ class BestFirst(TreePolicy):
         return tree
 
     def _grow_by_level(self, tree: DraftTree, budget: int) -> Growth:
+        drawn = tree.kind == "without-replacement"
         reach: dict[int, float] = {ROOT: 1.0}
+        worth: dict[int, float] = {ROOT: 1.0}
         frontier = [ROOT]
         while frontier and budget > 0:
             answers = yield frontier
             fresh: list[int] = []
             for parent, candidates in zip(frontier, answers, strict=True):
+                left = 1.0
                 for token, probability in candidates[:budget]:
-                    if reach[parent] * probability >= self.floor:
-                        node = tree.add(token, parent, probability)
-                        reach[node] = reach[parent] * probability
-                        fresh.append(node)
+                    value = reach[parent] * (max(left, 0.0) if drawn else probability)
+                    left -= probability
+                    if value < self.floor:
+                        if drawn:
+                            break
+                        continue
+                    node = tree.add(token, parent, probability)
+                    reach[node], worth[node] = min(reach[parent] * probability, value), value
+                    fresh.append(node)
             # A node that is not among the best now cannot have descendants in the final tree.
-            best = set(best_nodes(reach, budget))
+            best = set(best_nodes(worth, budget))
             frontier = sorted(best.intersection(fresh), key=lambda node: (-reach[node], node))[: self.width]
-        return tree.select(best_nodes(reach, budget))
+        return tree.select(best_nodes(worth, budget))
+
+
+@dataclass(frozen=True)
+class StochasticBeam(TreePolicy):
+    """Stochastic beam search: RSD-S (2402.14160) after Kool et al. (1903.06059).
+
+    Every level holds the `width` sequences of highest perturbed log-probability, which is a sample of sequences without
+    replacement. A child's perturbed value is drawn given its parent's and its elder sibling's: the eldest has the
+    parent's, and the next one is a Gumbel of the mass that is left, cut off at the value before. Where a maximum lies
+    is independent of how high it is, so whether a node is kept does not depend on its token.
+
+    Deterministic drafts grow by plain beam search, independent ones as a chain.
+    """
+
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise PlanError("The beam has no width.", expected="1 or more", found=self.width, where="StochasticBeam")
+
+    def branches(self, kind: DraftKind) -> bool:
+        """Deterministic drafts branch, and those without replacement."""
+        return self.width > 1 and kind in {"deterministic", "without-replacement"}
+
+    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
+        """See `TreePolicy.grow`; a level is asked for at once."""
+        if not self.branches(tree.kind):
+            return (yield from Chain().grow(tree, budget))
+        beam = {ROOT: (0.0, 0.0)}  # node -> log-probability, perturbed log-probability
+        while beam and len(tree) < budget:
+            answers = dict(zip(beam, (yield list(beam)), strict=True))
+            heap: list[tuple[float, int, int]] = []
+            for parent in beam:
+                self._offer(heap, tree, parent, 0, beam, answers[parent])
+            chosen: dict[int, tuple[float, float]] = {}
+            while heap and len(chosen) < self.width and len(tree) < budget:
+                negative, parent, rank = heapq.heappop(heap)
+                token, probability = answers[parent][rank]
+                node = tree.add(token, parent, probability)
+                chosen[node] = beam[parent][0] + math.log(max(probability, TINY)), -negative
+                self._offer(heap, tree, parent, rank + 1, beam, answers[parent], -negative)
+            beam = chosen
+        return tree
+
+    def _offer(self, heap: list[tuple[float, int, int]], tree: DraftTree, parent: int, rank: int,
+               beam: Mapping[int, tuple[float, float]], siblings: Candidates, elder: float = 0.0) -> None:  # fmt: skip
+        """Put the child of that rank on the heap, at its perturbed value; `elder` is that of the one before it."""
+        if rank >= len(siblings):
+            return
+        above, value = beam[parent]
+        if tree.noise is None:
+            value = above + math.log(max(siblings[rank][1], TINY))
+        elif rank:
+            left = above + math.log(max(1.0 - sum(share for _, share in siblings[:rank]), TINY))
+            exponential = -math.log(max(tree.noise(parent, rank), TINY))
+            value = min(elder, left - float(np.logaddexp(left - elder, math.log(exponential))))
+        heapq.heappush(heap, (-value, parent, rank))
+
+
+TINY = 1e-300
 
 
 def best_nodes(reach: dict[int, float], budget: int) -> list[int]:

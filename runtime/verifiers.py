@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -30,7 +31,30 @@ def draw(distribution: np.ndarray, uniform: float) -> int:
         )
     # Rounding may carry uniform * total up to the total itself, which lies behind the last token.
     last = int(np.searchsorted(cumulative, total, side="left"))
-    return min(int(np.searchsorted(cumulative, uniform * total, side="right")), last)
+    return min(bisect_right(cumulative, uniform * total), last)
+
+
+NO_MASS = 1e-12
+
+
+def residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """max(p - q, 0), normalised: what is left to draw from after a sample from q was rejected.
+
+    Where p and q agree up to rounding there is no residual to speak of; normalising it would amplify noise, so it is p.
+    """
+    left = np.maximum(p - q, 0.0)
+    mass = left.sum()
+    return left / mass if mass > NO_MASS else p
+
+
+def check_drawn(q: np.ndarray, token: int, position: int) -> None:
+    """Raise GenerationError where a token was drafted that the distribution it is said to be drawn from rules out."""
+    if q[token] <= 0:
+        raise GenerationError(
+            "A drafted token has probability 0 in the distribution it is said to be drawn from.",
+            expected="q as it was sampled from, after temperature, top-k and top-p",
+            found=f"q[{token}] = {q[token]} at position {position}",
+        )
 
 
 def _child(tree: DraftTree, node: int, token: int, first: int) -> int | None:
@@ -111,23 +135,12 @@ class Leviathan(Verifier):
             )
         for node, token in enumerate(tree.tokens):
             p, q = rows.distribution(node), tree.q[node - 1]
-            if q[token] <= 0:
-                raise GenerationError(
-                    "A drafted token has probability 0 in the distribution it is said to be drawn from.",
-                    expected="q as it was sampled from, after temperature, top-k and top-p",
-                    found=f"q[{token}] = {q[token]} at position {position + node}",
-                )
+            check_drawn(q, token, position + node)
             if uniforms.uniform("accept", position + node) * q[token] < p[token]:
                 continue
-            residual = np.maximum(p - q, 0.0)
-            # Where p and q agree up to rounding there is no residual to speak of; normalising it would amplify noise.
-            weights = residual if residual.sum() > _NO_MASS else p
-            return list(range(node)), draw(weights, uniforms.uniform("resample", position + node))
+            return list(range(node)), draw(residual(p, q), uniforms.uniform("resample", position + node))
         last = rows.distribution(len(tree))
         return list(range(len(tree))), draw(last, uniforms.uniform("sample", position + len(tree)))
-
-
-_NO_MASS = 1e-12
 
 
 def default_verifier(*, sampling: bool) -> Verifier:

@@ -12,7 +12,7 @@ from torch import Tensor
 from graft.compiler.drafting import Context, Drafter, Drafting, DraftKind, Outcome, Target, TreePolicy
 from graft.compiler.errors import PlanError
 from graft.runtime.decoder import Decoder, Rows
-from graft.runtime.drafters.with_function import FunctionDrafting
+from graft.runtime.drafters.with_function import FunctionDrafting, drawn_kind
 
 PROMPT_ROWS = 512
 """Tokens of texts in one call at most."""
@@ -31,21 +31,24 @@ class Compiled(Protocol):
 class DraftModel(Drafter):
     """A second, smaller model drafts (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
 
-    Deterministic by default: its best tokens, in any tree. With `sample` it draws a chain from its own distribution,
-    after the same logits processors as the target's, for verifier Leviathan; a processor that keeps state between
-    calls then sees drafted tokens too. What it drafts is dropped after each step and what was accepted is run again
-    with the next step's first call, which has rows to spare; so its cache never holds anything but committed text.
+    Deterministic by default: its best tokens, in any tree. With `sample` it draws from its own distribution, after the
+    same logits processors as the target's: a chain for verifier Leviathan, trees for RecursiveRejection or KSeq. A
+    processor that keeps state between calls then sees drafted tokens too. What it drafts is dropped after each step and
+    what was accepted is run again with the next step's first call, which has rows to spare; so its cache never holds
+    anything but committed text.
     """
 
     other: Compiled = field(repr=False, hash=False)
     """The compiled model that drafts."""
     sample: bool = False
     candidates: int = 8
-    """How many of its best tokens per place a tree may choose from."""
+    """How many of its best tokens per place a tree may choose from, or draws."""
     function: str = ""
     """Name of a function that `other` drafts for itself with (`SelfDraft.function`), to grow the draft with; empty: the
     model itself. Tokens behind the first then come from an approximation, layers in parallel for instance, and accepted
     ones run through the model as it is, whose KV replaces the approximation's (EasySpec, 2502.02493)."""
+    replacement: bool = True
+    """Whether the children of a node are drawn independently, with `sample`, or all different."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.candidates <= 64:
@@ -54,10 +57,10 @@ class DraftModel(Drafter):
     @property
     def kind(self) -> DraftKind:
         """See `Drafter.kind`."""
-        return "independent" if self.sample else "deterministic"
+        return drawn_kind(self.sample, self.replacement)
 
     def open(self, target: Target, policy: TreePolicy) -> Drafting:
-        """See `Drafter.open`; raises PlanError if the vocabularies differ, or samples would not form a chain."""
+        """See `Drafter.open`; raises PlanError if the vocabularies differ."""
         decoder = self.other.decoder
         if decoder.vocabulary != target.vocabulary:
             raise PlanError(
@@ -66,14 +69,6 @@ class DraftModel(Drafter):
                 found=f"{decoder.vocabulary} tokens",
                 where="DraftModel",
                 remedy="use a smaller model of the same family",
-            )
-        if self.sample and policy.branches(self.kind):
-            raise PlanError(
-                "a draft model that samples drafts chains",
-                expected="a tree policy without branches, as Chain",
-                found=policy,
-                where="DraftModel",
-                remedy="use Chain, or sample=False",
             )
         if self.function and not isinstance(decoder.functions.get(self.function), Decoder):
             raise PlanError(
@@ -99,7 +94,7 @@ class ModelDrafting(FunctionDrafting):
 
     def __init__(self, spec: DraftModel, decoder: Decoder, policy: TreePolicy) -> None:
         growing = decoder.functions[spec.function] if spec.function else decoder
-        super().__init__(growing, policy, sample=spec.sample, candidates=spec.candidates)
+        super().__init__(growing, policy, candidates=spec.candidates, kind=spec.kind)
         self.exact = decoder
         self.key = f"draft model {id(self)}"
 

@@ -24,6 +24,7 @@ from graft.compiler.passing import Pass
 from graft.passes.split import Split
 from graft.runtime.decoder import Rows
 from graft.runtime.drafters.self_draft import SelfDrafting
+from graft.runtime.drafters.with_function import drawn_kind
 from graft.runtime.request import slot_of
 from graft.runtime.split import SplitTarget, split_of
 
@@ -159,7 +160,7 @@ class ExitDrafting(SelfDrafting):
     """The `Drafting` of one exit."""
 
     def __init__(self, split: SplitTarget, layer: int, eta: float, *, sample: bool = False) -> None:
-        super().__init__(split.shallow[layer], SureChain(eta), sample=sample, candidates=1)
+        super().__init__(split.shallow[layer], SureChain(eta), candidates=1, kind=drawn_kind(sample, True))
         self.split, self.layer = split, layer
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:

@@ -14,7 +14,7 @@ from graft.compiler.errors import PlanError
 from graft.compiler.passing import Pass
 from graft.passes.add_draft import AddDraft, check_changes
 from graft.runtime.decoder import Rows
-from graft.runtime.drafters.with_function import FunctionDrafting
+from graft.runtime.drafters.with_function import FunctionDrafting, drawn_kind
 from graft.runtime.request import slot_of
 
 
@@ -32,11 +32,13 @@ class SelfDraft(Drafter):
     changes: tuple[Pass, ...]
     """The passes, in order."""
     sample: bool = False
-    """Draw a chain from the draft's own distribution, for verifier Leviathan, rather than take its best tokens."""
+    """Draw from the draft's own distribution rather than take its best tokens, for verifiers that know of q."""
     candidates: int = 8
-    """How many of its best tokens per place a tree may choose from."""
+    """How many of its best tokens per place a tree may choose from, or draws."""
     function: str = "self_draft"
     """Name of the function; several drafts of one plan need names of their own."""
+    replacement: bool = True
+    """Whether the children of a node are drawn independently, with `sample`, or all different."""
 
     def __init__(
         self,
@@ -45,9 +47,11 @@ class SelfDraft(Drafter):
         sample: bool = False,
         candidates: int = 8,
         function: str = "self_draft",
+        replacement: bool = True,
     ) -> None:
         given: dict[str, Any] = {
-            "changes": (*passes, *changes), "sample": sample, "candidates": candidates, "function": function
+            "changes": (*passes, *changes), "sample": sample, "candidates": candidates,
+            "function": function, "replacement": replacement,
         }  # fmt: skip
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -58,7 +62,7 @@ class SelfDraft(Drafter):
     @property
     def kind(self) -> DraftKind:
         """See `Drafter.kind`."""
-        return "independent" if self.sample else "deterministic"
+        return drawn_kind(self.sample, self.replacement)
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -66,17 +70,9 @@ class SelfDraft(Drafter):
         return (AddDraft(self.changes, self.function),)
 
     def open(self, target: Target, policy: TreePolicy) -> Drafting:
-        """See `Drafter.open`; raises PlanError where samples would not form a chain."""
-        if self.sample and policy.branches(self.kind):
-            raise PlanError(
-                "a draft that samples drafts chains",
-                expected="a tree policy without branches, as Chain",
-                found=policy,
-                where="SelfDraft",
-                remedy="use Chain, or sample=False",
-            )
+        """See `Drafter.open`."""
         decoder = target.functions[self.function]
-        return SelfDrafting(decoder, policy, sample=self.sample, candidates=self.candidates)
+        return SelfDrafting(decoder, policy, candidates=self.candidates, kind=self.kind)
 
 
 class SelfDrafting(FunctionDrafting):

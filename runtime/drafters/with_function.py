@@ -8,15 +8,17 @@ where a tree branches, the nodes above a question are run again with it. In the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+import numpy as np
 from torch import Tensor
 
 from graft.compiler.drafting import ROOT, Candidates, Context, DraftKind, DraftTree, Growth, TreePolicy
 from graft.compiler.ops import NO_PARENT
 from graft.runtime.decoder import Decoder, Rows
+from graft.runtime.random import drawn_node
 from graft.runtime.request import SAMPLING, Sampling
 from graft.runtime.top_tokens import top_rows
 from graft.runtime.verifiers import draw
@@ -68,11 +70,12 @@ class Growing:
 class FunctionDrafting(ABC):
     """What the `Drafting`s of drafters that run a function share; a subclass says where the texts' KV comes from."""
 
-    def __init__(self, decoder: Decoder, policy: TreePolicy, *, sample: bool, candidates: int) -> None:
-        """`sample`: draw one child from the processed distribution at each node, which the tree keeps as q; else a
-        node may have as many as `candidates` children, the best tokens."""
-        self.decoder, self.policy, self.sample, self.candidates = decoder, policy, sample, candidates
-        self.kind: DraftKind = "independent" if sample else "deterministic"
+    def __init__(self, decoder: Decoder, policy: TreePolicy, *, candidates: int, kind: DraftKind) -> None:
+        """A node may have as many as `candidates` children: the best tokens, or for kinds that draw, draws from the
+        processed distribution, which the tree keeps as q."""
+        self.decoder, self.policy, self.kind = decoder, policy, kind
+        self.sample = kind != "deterministic"
+        self.candidates = candidates if policy.branches(kind) or not self.sample else 1
 
     @abstractmethod
     def slot(self, context: Context) -> int:
@@ -92,7 +95,7 @@ class FunctionDrafting(ABC):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """See `Drafting.propose`; a text that has outgrown the function's positions gets an empty tree."""
-        trees = [DraftTree(kind=self.kind) for _ in contexts]
+        trees = [DraftTree(kind=self.kind, noise=self.noise(context)) for context in contexts]
         limit = self.decoder.max_positions
         # Neither the text nor a node may stand behind the last position; the last node of a chain is never run.
         room = [
@@ -149,17 +152,61 @@ class FunctionDrafting(ABC):
         shares = (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)).exp()
         return [list(zip(row, share, strict=True)) for row, share in zip(tokens.tolist(), shares.tolist(), strict=True)]
 
+    def noise(self, context: Context) -> Callable[[int, int], float] | None:
+        """See `DraftTree.noise`."""
+        if not self.sample:
+            return None
+        uniforms, root = sampling_of(context).uniforms, len(context.tokens)
+        return lambda node, rank: uniforms.uniform("beam", drawn_node(root, node, rank))
+
     def drawn(self, one: Growing, logits: Tensor) -> list[Candidates]:
-        """One sample at each asked node, from the processed distribution, which the tree keeps as q."""
-        sampling, tokens = one.context.data[SAMPLING], one.context.tokens
-        assert isinstance(sampling, Sampling)
+        """Draws at each asked node, from the processed distribution, which the tree keeps as q."""
+        sampling, tokens = sampling_of(one.context), one.context.tokens
         answers: list[Candidates] = []
         for row, node in enumerate(one.asked):
             path = [one.tree.tokens[above] for above in one.tree.path(node)]
             position = len(tokens) + len(path)
             scores = sampling.scores(logits[row : row + 1], tokens, path)
-            q = sampling.distribution(scores, position)
-            one.tree.q[node] = q
-            token = draw(q, sampling.uniforms.uniform("draft", position))
-            answers.append([(token, float(q[token]))])
+            q = one.tree.q[node] = sampling.distribution(scores, position)
+            if self.policy.branches(self.kind):
+                places = [drawn_node(len(tokens), node, rank) for rank in range(self.candidates)]
+                numbers = (sampling.uniforms.uniform("draft siblings", place) for place in places)
+                answers.append(draws(q, numbers, replacement=self.kind == "independent"))
+            else:
+                # A chain's numbers go by the text's positions: a longer chain begins as a shorter one.
+                token = draw(q, sampling.uniforms.uniform("draft", position))
+                answers.append([(token, float(q[token]))])
         return answers
+
+
+def drawn_kind(sample: bool, replacement: bool) -> DraftKind:
+    """The kind of drafts with these options of a drafter."""
+    if not sample:
+        return "deterministic"
+    return "independent" if replacement else "without-replacement"
+
+
+def draws(q: np.ndarray, numbers: Iterable[float], *, replacement: bool) -> Candidates:
+    """A token and its q for each number, in the order drawn; fewer where none is left.
+
+    Without replacement each is drawn from what is left of q. That is the law of the best perturbed log-probabilities,
+    best first (Gumbel top-k: Yellott 1977, Kool et al. 1903.06059), at one number for each draw in the place of one for
+    each token of the vocabulary.
+    """
+    left = q if replacement else q.copy()
+    found: Candidates = []
+    for number in numbers:
+        token = draw(left, number)
+        found.append((token, float(q[token])))
+        if not replacement:
+            left[token] = 0.0
+            if not left.any():
+                break
+    return found
+
+
+def sampling_of(context: Context) -> Sampling:
+    """How the request chooses tokens."""
+    sampling = context.data[SAMPLING]
+    assert isinstance(sampling, Sampling)
+    return sampling

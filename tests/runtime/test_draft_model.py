@@ -14,7 +14,7 @@ from graft.runtime.decoder import Decoder
 from graft.runtime.drafters import draft_model as module
 from graft.runtime.drafters.draft_model import DraftModel, ModelDrafting
 from graft.runtime.request import SAMPLING, Sampling
-from graft.runtime.tree_policies import BestFirst, Chain, Fixed
+from graft.runtime.tree_policies import Chain, Fixed
 from tests.runtime.decoding import bigram, decoder, same_cache_as_fresh_prefill, tiny
 
 
@@ -143,17 +143,11 @@ def test_another_vocabulary_is_refused_with_both_sizes() -> None:
     assert "131" in str(error.value) and "140" in str(error.value)
 
 
-def test_samples_that_would_branch_are_refused() -> None:
-    held = decoder()
-    with pytest.raises(PlanError, match="drafts chains"):
-        drafting(held, Fixed.branching(2, 2), sample=True)
-    drafting(held, BestFirst(), sample=True)
-
-
 def test_the_kind_follows_from_sample() -> None:
     other = SimpleNamespace(decoder=None)
     assert DraftModel(other).kind == "deterministic"
     assert DraftModel(other, sample=True).kind == "independent"
+    assert DraftModel(other, sample=True, replacement=False).kind == "without-replacement"
 
 
 def test_ending_gives_the_slot_back_and_ending_twice_does_no_harm() -> None:

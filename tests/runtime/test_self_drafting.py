@@ -44,7 +44,7 @@ class Drafts:
         self.slot = self.store.open()
         held = Decoder(function, Bigram(counts.log()), model.vocabulary, None, KVOverlay(self.store, ()))
         parts: Any = SimpleNamespace(layer=1, shallow={1: held}, draft=lambda layer, rows: held.forward(rows))
-        self.drafting: SelfDrafting = SelfDrafting(held, Chain(), sample=True, candidates=1)
+        self.drafting: SelfDrafting = SelfDrafting(held, Chain(), candidates=1, kind="independent")
         if split:
             self.drafting = ExitDrafting(parts, 1, 0.0, sample=True)
         self.held = held
@@ -72,7 +72,7 @@ def overlaid() -> tuple[Decoder, SelfDrafting, Any]:
     target = decoder()
     overlay = KVOverlay(target.store, target.function.states)
     held = Decoder(target.function, target.executable, target.vocabulary, target.max_positions, overlay)
-    drafting, ran = SelfDrafting(held, Chain(), sample=False, candidates=4), []
+    drafting, ran = SelfDrafting(held, Chain(), candidates=4, kind="deterministic"), []
     forward = held.forward
 
     def counted(rows: Rows) -> torch.Tensor:

@@ -49,8 +49,8 @@ from graft.runtime.drafters.recycle import Recycle
 from graft.runtime.drafters.self_draft import SelfDraft
 from graft.runtime.drafters.trie import Trie
 from graft.runtime.rejection import KSeq, RecursiveRejection
-from graft.runtime.tree_policies import BestFirst, Chain, Fixed, StochasticBeam
-from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch
+from graft.runtime.tree_policies import BestFirst, Chain, ChainUntil, Fixed, StochasticBeam
+from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyTypical, SampleAndMatch
 from graft.training import TrainOptions, train_heads
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "Canonicalise",
     "CaptureError",
     "Chain",
+    "ChainUntil",
     "CheckError",
     "CheckpointError",
     "CommonSubexpression",
@@ -85,6 +86,7 @@ __all__ = [
     "LayerSkip",
     "Leviathan",
     "Lookup",
+    "LossyTypical",
     "LoweringError",
     "MedusaHeads",
     "MergeLinears",

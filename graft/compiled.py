@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.codegen.executable import Executable
+from graft.compiler.acceptance import is_lossy
 from graft.compiler.passing import spec_name
 from graft.compiler.plan import Plan
 from graft.compiler.program import Program
@@ -17,6 +18,13 @@ from graft.runtime.generate import Generator
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+def lossy_note(plan: Plan) -> str:
+    """A line that says so where the plan's acceptance rule changes the output, else nothing."""
+    if plan.verifier is None or not is_lossy(plan.verifier):
+        return ""
+    return f"LOSSY: verifier {spec_name(type(plan.verifier).__name__)} does not keep the target's distribution\n"
 
 
 class CompiledModel:
@@ -62,7 +70,7 @@ class CompiledModel:
             memory = {name: size + one.memory.get(name, 0) for name, size in memory.items()}
         memory |= {"packed weights": sum(packed.values())} if packed else {}
         memory |= {"KV cache": sum(one.store.nbytes for one in decoders), "parameters released": self.released_bytes}
-        return render_report(
+        return lossy_note(self.plan) + render_report(
             self.program.records,
             self.stats,
             function=self.program["forward"],

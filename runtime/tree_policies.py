@@ -33,6 +33,43 @@ class Chain(TreePolicy):
 
 
 @dataclass(frozen=True)
+class ChainUntil(TreePolicy):
+    """A chain that ends where it is no longer likely to stand as a whole: SpecDec++'s rule (2405.19715).
+
+    No token follows one down to which the product of the estimated acceptances is below 1 - `threshold`, the paper's h.
+    The estimates are the drafter's own probabilities; the paper trains a head for them. The rule reads tokens that stay
+    in the chain, so drawn drafts keep their law; to leave out the token that fell short itself would change q.
+    """
+
+    threshold: float = 0.7
+    """Stop when the chance that one of the tokens is rejected exceeds this."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold <= 1.0:
+            raise PlanError(
+                "The threshold is out of range.",
+                expected="above 0, at most 1",
+                found=self.threshold,
+                where="ChainUntil",
+            )
+
+    def branches(self, kind: DraftKind) -> bool:
+        """Never."""
+        return False
+
+    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
+        """See `TreePolicy.grow`; one node is asked for at a time."""
+        node, reach = ROOT, 1.0
+        while len(tree) < budget and 1.0 - reach <= self.threshold:
+            (candidates,) = yield [node]
+            if not candidates:
+                break
+            node = tree.add(candidates[0][0], node, candidates[0][1])
+            reach *= candidates[0][1]
+        return tree
+
+
+@dataclass(frozen=True)
 class Fixed(TreePolicy):
     """A template of paths by rank, as in Medusa (2401.10774) and Token Recycling (2408.08696).
 

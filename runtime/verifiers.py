@@ -143,6 +143,44 @@ class Leviathan(Verifier):
         return list(range(len(tree))), draw(last, uniforms.uniform("sample", position + len(tree)))
 
 
+@dataclass(frozen=True)
+class LossyTypical(Verifier):
+    """LOSSY: Medusa's typical acceptance (2401.10774). The output does not keep the target's distribution.
+
+    A drafted token x stands if p(x) > min(epsilon, delta exp(-H(p))), H the entropy of p in nats; the deepest path
+    stands, of several the one with the highest log-probability, and the target's best token follows it.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.epsilon <= 1.0 or not 0.0 < self.delta <= 1.0:
+            raise PlanError(
+                "The thresholds of typical acceptance are out of range.",
+                expected="epsilon and delta above 0, at most 1",
+                found=f"epsilon {self.epsilon}, delta {self.delta}",
+                where="LossyTypical",
+            )
+
+    def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:
+        """See `Verifier.verify`; `uniforms` is not used."""
+        reached = {ROOT: (0, 0.0)}  # node -> depth, log-probability
+        thresholds: dict[int, float] = {}
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            if parent not in reached:
+                continue
+            p = rows.distribution(parent + 1)
+            if parent not in thresholds:
+                kept = p[p > 0]
+                thresholds[parent] = min(self.epsilon, self.delta * float(np.exp((kept * np.log(kept)).sum())))
+            if p[token] > thresholds[parent]:
+                depth, score = reached[parent]
+                reached[node] = depth + 1, score + float(np.log(p[token]))
+        last = max(reached, key=lambda node: reached[node])
+        return tree.path(last), rows.argmax(last + 1)
+
+
 def default_verifier(*, sampling: bool) -> Verifier:
     """The rule that is lossless for every draft: GreedyWalk for greedy decoding, SampleAndMatch for sampling."""
     return SampleAndMatch() if sampling else GreedyWalk()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from graft.compiled import lossy_note
+from graft.compiler.plan import Plan
 from graft.compiler.program import PassRecord
 from graft.report import render_report
+from graft.runtime.verifiers import LossyTypical, SampleAndMatch
 from tests.programs import program_of
 
 RECORDS = [
@@ -66,3 +69,8 @@ def test_the_report_keeps_to_its_width() -> None:
 def test_square_brackets_in_a_note_are_text() -> None:
     record = PassRecord("a", "exact", 1, 1.0, 1, 1, 1, 1, "on [bold] rows [N]")
     assert "on [bold] rows [N]" in render_report([record])
+
+
+def test_a_lossy_acceptance_rule_heads_the_report() -> None:
+    assert lossy_note(Plan(verifier=LossyTypical())).startswith("LOSSY: verifier lossy-typical")
+    assert lossy_note(Plan()) == lossy_note(Plan(verifier=SampleAndMatch())) == ""

@@ -20,7 +20,7 @@ from graft.runtime.drafters.with_function import draws
 from graft.runtime.random import Streams, drawn_node
 from graft.runtime.rejection import KSeq, RecursiveRejection, selection
 from graft.runtime.request import SAMPLING, Sampling
-from graft.runtime.tree_policies import BestFirst, Chain, Fixed, StochasticBeam
+from graft.runtime.tree_policies import BestFirst, Chain, ChainUntil, Fixed, StochasticBeam
 from graft.runtime.verifiers import Leviathan, SampleAndMatch, residual
 from tests.runtime.branching import distance, law
 from tests.runtime.decoding import bigram
@@ -120,6 +120,7 @@ def output_law(verifier: Verifier, draft: Draft, target: Language, length: int, 
 
 POLICIES: dict[str, tuple[TreePolicy, int]] = {
     "chain": (Chain(), 2),
+    "chain until": (ChainUntil(0.5), 3),
     "branching 2": (Fixed.branching(2), 2),
     "branching 2, 1": (Fixed.branching(2, 1), 3),
     "ranks with gaps": (Fixed(((1,), (0,), (1, 1))), 3),
@@ -272,6 +273,24 @@ class DropsUnlikely(TreePolicy):
 def test_dropping_unlikely_samples_after_the_fact_shows() -> None:
     for kind in KINDS:
         assert one_level(kind, RecursiveRejection(), lambda q, kind=kind: grown(q, DropsUnlikely(), kind, 2)) > 0.01
+
+
+@dataclass(frozen=True)
+class LeavesOutWhatFellShort(ChainUntil):
+    """The stopping rule applied to the token that it reads."""
+
+    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
+        grown_tree = yield from super().grow(tree, budget, by_level=by_level)
+        short = 1.0 - float(np.prod(grown_tree.probabilities)) > self.threshold
+        return grown_tree.select(range(len(grown_tree) - short))
+
+
+def test_stopping_before_the_token_that_fell_short_shows() -> None:
+    def draft(q: Language) -> Draft:
+        return grown(q, LeavesOutWhatFellShort(0.5), "independent", 2)
+
+    assert one_level("independent", Leviathan(), draft) > 0.01
+    assert one_level("independent", Leviathan(), lambda q: grown(q, ChainUntil(0.5), "independent", 2)) < EXACT
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.compiler.acceptance import check_lossless
+from graft.compiler.acceptance import check_lossless, is_lossless, is_lossy
 from graft.compiler.drafting import ROOT, Drafter, Drafting, DraftKind, DraftTree, Target, TreePolicy, Verifier
 from graft.compiler.errors import GenerationError, PlanError
 from graft.runtime.random import Streams
 from graft.runtime.tree_policies import BestFirst, Chain, Fixed
-from graft.runtime.verifiers import GreedyWalk, Leviathan, SampleAndMatch, default_verifier, draw
+from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyTypical, SampleAndMatch, default_verifier, draw
 from tests.runtime.enumeration import Model, ModelRows, Text
 
 
@@ -250,3 +250,31 @@ def test_drafters_that_each_go_with_a_verifier_need_not_together() -> None:
     with pytest.raises(PlanError, match="mixed"):
         check_lossless(Leviathan(), [Draws("independent"), Draws("independent")], Chain())
     check_lossless(SampleAndMatch(), [Draws("independent"), Draws("deterministic")], Chain(), sampling=True)
+
+
+def test_typical_acceptance_takes_what_exceeds_its_threshold_and_the_deepest_path() -> None:
+    tree = DraftTree()
+    tree.add(0, ROOT, 0.5)
+    tree.add(1, ROOT, 0.5)
+    tree.add(1, 1, 0.5)
+    flat, sharp = [0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01]
+    # A flat distribution allows p > 0.3 / 4, a sharp one p > 0.09.
+    assert LossyTypical().verify(tree, Fixture(flat, sharp, flat, sharp), Streams(0), 0) == ([1, 2], 0)
+    assert LossyTypical().verify(tree, Fixture(sharp, flat, flat, flat), Streams(0), 0) == ([0], 0)
+    assert LossyTypical(delta=1.0, epsilon=0.3).verify(tree, Fixture(flat, flat, flat, flat), Streams(0), 0) == ([], 0)
+
+
+@pytest.mark.parametrize("options", [{"epsilon": 0.0}, {"delta": 1.5}])
+def test_thresholds_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(PlanError, match="out of range"):
+        LossyTypical(**options)
+
+
+def test_a_lossy_rule_says_so_by_its_name_and_is_lossless_for_nothing() -> None:
+    assert is_lossy(LossyTypical())
+    assert not any(lossless_for(LossyTypical(), kind) for kind in KINDS)
+    check_lossless(LossyTypical(), [Draws("mixed")], BRANCHING, sampling=True)
+
+
+def lossless_for(verifier: Verifier, kind: DraftKind) -> bool:
+    return any(is_lossless(verifier, kind, branches=False, sampling=mode) for mode in (True, False))

@@ -17,23 +17,31 @@ from graft.compiler.errors import PlanError
 class Chain(TreePolicy):
     """The most probable candidate, and the most probable one after it, until the budget is spent."""
 
+    def ends(self, probability: float, reach: float) -> bool:
+        """Whether nothing is drafted behind a token of that probability, down to which the product is `reach`."""
+        return False
+
     def branches(self, kind: DraftKind) -> bool:
         """Never."""
         return False
 
     def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
         """See `TreePolicy.grow`; one node is asked for at a time."""
-        node = ROOT
+        node, reach = ROOT, 1.0
         while len(tree) < budget:
             (candidates,) = yield [node]
             if not candidates:
                 break
-            node = tree.add(candidates[0][0], node, candidates[0][1])
+            token, probability = candidates[0]
+            node = tree.add(token, node, probability)
+            reach *= probability
+            if self.ends(probability, reach):
+                break
         return tree
 
 
 @dataclass(frozen=True)
-class ChainUntil(TreePolicy):
+class ChainUntil(Chain):
     """A chain that ends where it is no longer likely to stand as a whole: SpecDec++'s rule (2405.19715).
 
     No token follows one down to which the product of the estimated acceptances is below 1 - `threshold`, the paper's h.
@@ -53,20 +61,9 @@ class ChainUntil(TreePolicy):
                 where="ChainUntil",
             )
 
-    def branches(self, kind: DraftKind) -> bool:
-        """Never."""
-        return False
-
-    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
-        """See `TreePolicy.grow`; one node is asked for at a time."""
-        node, reach = ROOT, 1.0
-        while len(tree) < budget and 1.0 - reach <= self.threshold:
-            (candidates,) = yield [node]
-            if not candidates:
-                break
-            node = tree.add(candidates[0][0], node, candidates[0][1])
-            reach *= candidates[0][1]
-        return tree
+    def ends(self, probability: float, reach: float) -> bool:
+        """See `Chain.ends`."""
+        return 1.0 - reach > self.threshold
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graft.compiler.drafting import (
-    ROOT,
     Context,
     Drafter,
     Drafting,
     DraftKind,
     DraftTree,
-    Growth,
     Outcome,
     Target,
     TreePolicy,
@@ -27,6 +25,7 @@ from graft.runtime.drafters.self_draft import SelfDrafting
 from graft.runtime.drafters.with_function import drawn_kind
 from graft.runtime.request import slot_of
 from graft.runtime.split import SplitTarget, split_of
+from graft.runtime.tree_policies import Chain
 
 
 @dataclass(frozen=True)
@@ -136,24 +135,14 @@ def check_eta(eta: float, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class SureChain(TreePolicy):
+class SureChain(Chain):
     """A chain that ends behind the first token whose probability is below `eta` (the second exit of Kangaroo)."""
 
     eta: float = 0.0
 
-    def branches(self, kind: DraftKind) -> bool:
-        """Never."""
-        return False
-
-    def grow(self, tree: DraftTree, budget: int, *, by_level: bool = False) -> Growth:
-        """See `TreePolicy.grow`; one node is asked for at a time."""
-        node = ROOT
-        while len(tree) < budget:
-            (candidates,) = yield [node]
-            node = tree.add(candidates[0][0], node, candidates[0][1])
-            if candidates[0][1] < self.eta:
-                break
-        return tree
+    def ends(self, probability: float, reach: float) -> bool:
+        """See `Chain.ends`."""
+        return probability < self.eta
 
 
 class ExitDrafting(SelfDrafting):

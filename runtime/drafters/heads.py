@@ -19,7 +19,6 @@ from graft.compiler.drafting import (
     Drafter,
     Drafting,
     DraftTree,
-    Growth,
     HiddenRows,
     Outcome,
     Target,
@@ -32,6 +31,7 @@ from graft.passes.heads.dialects import dialect_of, read_config
 from graft.passes.hydra_heads import HydraHeads
 from graft.passes.medusa_heads import MedusaHeads
 from graft.runtime.decoder import Decoder, Rows
+from graft.runtime.drafters.with_function import GrowingTree
 
 PROMPT_ROWS = 512
 """Hidden states that a prefix layer reads in one call at most."""
@@ -111,23 +111,11 @@ class Held:
     """What the first head, or all, say behind the root, where that is known before the tree grows."""
 
 
-@dataclass
-class Asking:
-    """One request's tree while it grows."""
+@dataclass(kw_only=True)
+class Asking(GrowingTree):
+    """A tree that heads answer."""
 
-    context: Context
     held: Held
-    tree: DraftTree
-    growth: Growth
-    asked: list[int] = field(default_factory=list)
-    done: bool = False
-
-    def send(self, answers: list[Candidates] | None) -> None:
-        """Answer what was asked, None at the start, and note what is asked next."""
-        try:
-            self.asked = next(self.growth) if answers is None else self.growth.send(answers)
-        except StopIteration as grown:
-            self.tree, self.done, self.asked = grown.value, True, []
 
 
 class HeadsDrafting(ABC):
@@ -168,7 +156,7 @@ class HeadsDrafting(ABC):
             if budget > 0:
                 tree = DraftTree()
                 growth = self.policy.grow(tree, budget, by_level=True)
-                growing[index] = Asking(context, self.held(context), tree, growth)
+                growing[index] = Asking(context=context, held=self.held(context), tree=tree, growth=growth)
         if growing:
             self.prepare(list(growing.values()))
         for one in growing.values():

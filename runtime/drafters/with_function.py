@@ -24,20 +24,15 @@ from graft.runtime.top_tokens import top_rows
 from graft.runtime.verifiers import draw
 
 
-@dataclass
-class Growing:
+@dataclass(kw_only=True)
+class GrowingTree:
     """One request's tree while it grows."""
 
     context: Context
-    slot: int
-    root: Tensor
-    """Logits [1, vocabulary] after the last token of the text."""
     tree: DraftTree
     growth: Growth
     asked: list[int] = field(default_factory=list)
     done: bool = False
-    kept: list[int] = field(default_factory=list)
-    """The path of nodes from the first level down that the cache holds behind the text."""
 
     def send(self, answers: list[Candidates] | None) -> None:
         """Answer what was asked, None at the start, and note what is asked next."""
@@ -45,6 +40,17 @@ class Growing:
             self.asked = next(self.growth) if answers is None else self.growth.send(answers)
         except StopIteration as grown:
             self.tree, self.done, self.asked = grown.value, True, []
+
+
+@dataclass(kw_only=True)
+class Growing(GrowingTree):
+    """A tree that a function answers behind a request's text in its cache."""
+
+    slot: int
+    root: Tensor
+    """Logits [1, vocabulary] after the last token of the text."""
+    kept: list[int] = field(default_factory=list)
+    """The path of nodes from the first level down that the cache holds behind the text."""
 
     def keep_shared(self) -> bool:
         """Drop from `kept` what is not above every asked node; whether anything was dropped."""
@@ -110,7 +116,7 @@ class FunctionDrafting(ABC):
         for index, root in zip(chosen, roots, strict=True):
             context, tree = contexts[index], trees[index]
             growth = self.policy.grow(tree, room[index], by_level=True)
-            growing.append(Growing(context, self.slot(context), root, tree, growth))
+            growing.append(Growing(context=context, slot=self.slot(context), root=root, tree=tree, growth=growth))
         for one in growing:
             one.send(None)
         while any(not one.done for one in growing):

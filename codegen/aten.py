@@ -8,7 +8,7 @@ call and shared by all layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from graft.compiler.canonical import graft
+from graft.codegen.guards import guarded_nodes
+from graft.codegen.skips import SkipCount
+from graft.compiler.canonical import MATMULS, graft
+from graft.compiler.cost import CostModel
 from graft.compiler.errors import LoweringError
 from graft.compiler.nodes import call_nodes
 from graft.compiler.ops import NO_PARENT, softmax_attention
@@ -154,11 +157,31 @@ class AtenExecutable:
                 remedy="run the kv-cache pass first",
             )
         self.function = function
-        self.module = fx.GraphModule(function.weights, in_place(function))
-        self.run: Callable[..., tuple[Tensor, Tensor]] = self.module.forward
+        self.guarded = guarded_nodes(function)
+        self.skipped = torch.zeros(len(self.guarded), 4, dtype=torch.int64, device=function.device)
+        self.module = fx.GraphModule(function.weights, in_place(function, [one.mask for one in self.guarded]))
+        self.run: Callable[..., tuple[Tensor, ...]] = self.module.forward
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.run(*inputs)
+        logits, hidden, *masks = self.run(*inputs)
+        if masks:
+            wanted = [(mask != 0).flatten() == one.wanted for mask, one in zip(masks, self.guarded, strict=True)]
+            self.skipped += torch.stack([tally(one) for one in wanted])
+        return logits, hidden
+
+    @property
+    def skips(self) -> tuple[SkipCount, ...]:
+        """See codegen.executable.Executable."""
+        costs = CostModel(self.function)
+        found = []
+        for one, counts in zip(self.guarded, self.skipped.tolist(), strict=True):
+            weights = sum(int(costs.node(node).weights) for node in one.nodes if node.target in MATMULS)
+            found.append(SkipCount(one.name, one.regions, weights, *counts))
+        return tuple(found)
+
+    def forget_skips(self) -> None:
+        """See codegen.executable.Executable."""
+        self.skipped.zero_()
 
     def top(self, logits: Tensor, count: int) -> Tensor | None:
         """See codegen.executable.Executable."""
@@ -176,8 +199,15 @@ class AtenExecutable:
         return self.module.code
 
 
-def in_place(function: Function) -> fx.Graph:
-    """The function's graph with appends and attends replaced by their in-place forms and the states not returned."""
+def tally(wanted: Tensor) -> Tensor:
+    """int64 [4] of a call: one call, one that no row needed, rows, rows that did not need it."""
+    rows, needed = torch.tensor(wanted.numel(), device=wanted.device), wanted.sum()
+    return torch.stack([torch.ones_like(rows), (needed == 0).long(), rows, rows - needed])
+
+
+def in_place(function: Function, shown: Sequence[str] = ()) -> fx.Graph:
+    """The function's graph with appends and attends replaced by their in-place forms; in the place of the states it
+    returns the nodes of these names."""
     graph = copy.deepcopy(function.graph)
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     touching = call_nodes(graph, [graft.kv_append.default, graft.kv_attend.default])
@@ -197,7 +227,8 @@ def in_place(function: Function) -> fx.Graph:
                 node.replace_all_uses_with(out)
         assert isinstance(state, fx.Node)
     output = graph.output_node()
-    output.args = (output.args[0][:2],)
+    named = {node.name: node for node in graph.nodes}
+    output.args = ((*output.args[0][:2], *(named[name] for name in shown)),)
     for node in reversed(touching):
         graph.erase_node(node)
     graph.lint()

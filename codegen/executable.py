@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from graft.codegen.prediction import Prediction
+from graft.codegen.skips import SkipCount
 from graft.compiler.program import Function, KernelRecord
 
 
@@ -38,6 +39,14 @@ class Executable(Protocol):
     @property
     def prediction(self) -> Prediction | None:
         """How long steps take on this machine; None where that cannot be predicted."""
+
+    @property
+    def skips(self) -> tuple[SkipCount, ...]:
+        """How often what masks guard was skipped since `forget_skips`, in order of the guards. ATen computes all of it
+        and counts what was not needed. Empty where nothing is guarded, and for Triton, whose kernels do not count."""
+
+    def forget_skips(self) -> None:
+        """Begin to count anew."""
 
     @property
     def memory(self) -> Mapping[str, int]:

@@ -15,8 +15,9 @@ from typing import Any
 from torch import fx
 
 from graft.codegen.kernel_ir import Array, Guard, Kernel
-from graft.codegen.row_form import Form, View
-from graft.compiler.canonical import MASKS, STATE_WRITES, aten
+from graft.codegen.row_form import Form, View, form_of
+from graft.compiler.canonical import ATTENTION, MASKS, MATMULS, STATE_WRITES, aten
+from graft.compiler.program import Function
 
 SIDES: dict[Any, dict[int, bool]] = {aten.where.self: {1: True, 2: False}, aten.masked_fill.Scalar: {0: False}}
 """Operator -> for each argument that is chosen or not, what the mask must be for it to count."""
@@ -58,6 +59,49 @@ def needed_for(choice: fx.Node, place: int) -> Iterator[fx.Node]:
         inside.add(node)
         yield node
         left += node.all_input_nodes
+
+
+@dataclass(frozen=True)
+class GuardedNodes:
+    """Products and attention that one side of choices alone needs."""
+
+    mask: str
+    """Name of the mask's node."""
+    wanted: bool
+    nodes: tuple[fx.Node, ...]
+    regions: int
+    """Runs of them with no other product, attention or append between."""
+
+    @property
+    def name(self) -> str:
+        """As skips.guard_text has it."""
+        return f"{'some' if self.wanted else 'not all'} {self.mask}"
+
+
+def guarded_nodes(function: Function) -> list[GuardedNodes]:
+    """What a function on flat rows guards, where it is not cut into kernels: of each product and attention the
+    innermost side that needs it."""
+    graph = function.graph
+    if not any(node.target in SIDES for node in graph.nodes):
+        return []
+    rows = {function.placeholder(name).meta["val"].shape[0].node.expr: kind for name, kind in ROWS.items()}
+    forms = {node: form_of(node.meta["val"], rows) for node in graph.nodes if node.op == "call_function"}
+    needing = sides(graph, {node: form for node, form in forms.items() if form is not None})
+    held: dict[Side, list[fx.Node]] = {}
+    regions: dict[Side, int] = {}
+    before: Side | None = None
+    for node in graph.nodes:
+        if node.target in MATMULS | ATTENTION | STATE_WRITES:
+            side = next(iter(needing.get(node, ())), None)
+            if side is not None:
+                held.setdefault(side, []).append(node)
+                regions[side] = regions.get(side, 0) + (side != before)
+            before = side
+    return [GuardedNodes(side.mask.name, side.wanted, tuple(nodes), regions[side]) for side, nodes in held.items()]
+
+
+ROWS = {"tokens": "N", "wanted": "R"}
+"""Inputs whose first sizes count rows of the call, and rows whose logits are wanted."""
 
 
 class Guarding:

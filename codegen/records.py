@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import sympy
 
 from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernel, Kernels, MatmulKernel
+from graft.codegen.skips import guard_text
 from graft.compiler.cost import ZERO, Cost, CostModel
 from graft.compiler.notation import size_symbol
 from graft.compiler.program import KernelRecord
@@ -21,7 +22,7 @@ def record(kernels: Kernels, names: Sequence[str]) -> tuple[KernelRecord, ...]:
             tuple(node.name for node in kernel.nodes),
             kernel_cost(kernel, model),
             kernel.reason if isinstance(kernel, AtenKernel) else "",
-            f"{'some' if kernel.guard.wanted else 'not all'} {kernel.guard.mask.name}" if kernel.guard else "",
+            guard_text(kernel.guard) if kernel.guard else "",
         )
         for kernel, name in zip(kernels.kernels, names, strict=True)
     )

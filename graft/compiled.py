@@ -42,6 +42,8 @@ class CompiledModel:
 
         Raises GenerationError, naming the option, for what is not supported (docs/limits.md).
         """
+        for one in self.executables:
+            one.forget_skips()
         return self.generator.generate(inputs, **arguments)
 
     @property
@@ -75,6 +77,7 @@ class CompiledModel:
             self.stats,
             function=self.program["forward"],
             drafting=[one.function for one in self.decoder.functions.values()],
+            skips={one.function.name: one.skips for one in self.executables},
             invariant=self.decoder.executable.invariant,
             memory=memory,
         )

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from graft.codegen.skips import SkipCount
 from graft.compiler.cost import Workload, function_cost
 from graft.compiler.notation import bytes_text, count_text
 from graft.compiler.program import Function, KernelRecord, PassRecord
@@ -29,6 +30,7 @@ def render_report(
     *,
     function: Function | None = None,
     drafting: Sequence[Function] = (),
+    skips: Mapping[str, Sequence[SkipCount]] | None = None,
     invariant: bool | None = None,
     memory: Mapping[str, int] | None = None,
     width: int = WIDTH,
@@ -36,6 +38,7 @@ def render_report(
     """The report as plain text of at most `width` columns.
 
     `records` are the program's; `function` is the one whose steps are priced, `drafting` are those that draft.
+    `skips` are the guards of each function, of which those without any are left out.
     `stats` is what CompiledModel.stats holds: numbers by name, seconds under names that end in "_seconds", and under
     "drafters" numbers by name for each drafter. A list is one value for each request and is left out.
     """
@@ -52,6 +55,8 @@ def render_report(
         tables.append(stats_table(stats))
         if stats.get("drafters"):
             tables.append(drafters_table(stats["drafters"]))
+    if counted := {name: guards for name, guards in (skips or {}).items() if guards and guards[0].calls}:
+        tables.append(skips_table(counted))
     console = Console(file=io.StringIO(), width=width, color_system=None, emoji=False, markup=False)
     for table in tables:
         console.print(table)
@@ -169,6 +174,30 @@ def execution_table(invariant: bool, memory: Mapping[str, int]) -> Table:
     table.add_row("a row's result", "the same bits in any company" if invariant else "its last bits depend on company")
     for name, size in memory.items():
         table.add_row(name, bytes_text(size))
+    return table
+
+
+def skips_table(skips: Mapping[str, Sequence[SkipCount]]) -> Table:
+    """What choices of rows came to in the latest generate(), its prompt among the calls: the share of all pairs of a
+    row and a guarded region in which the row went past it, the share of pairs of a call and a region in which all rows
+    did, and what a call read of the guarded weights."""
+    numbers = ("guarded regions", "calls", "rows past", "regions skipped whole", "weights a call")
+    table = new_table("Skipping, the latest call of generate()", ("function", *numbers), numbers)
+    for name, guards in skips.items():
+        rows, past, calls, whole = (
+            sum(one.regions * getattr(one, field) for one in guards)
+            for field in ("rows", "skipped_rows", "calls", "skipped_calls")
+        )
+        of = sum(one.weights for one in guards)
+        read = sum(one.weights * (1 - one.skipped_calls / one.calls) for one in guards if one.calls)
+        table.add_row(
+            name,
+            str(sum(one.regions for one in guards)),
+            str(guards[0].calls),
+            f"{past / max(rows, 1):.1%}",
+            f"{whole / max(calls, 1):.1%}",
+            f"{bytes_text(read)} of {bytes_text(of)}",
+        )
     return table
 
 

@@ -23,6 +23,7 @@ from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, Ma
 from graft.codegen.prediction import Prediction, cached_rates, calibrate
 from graft.codegen.records import record
 from graft.codegen.regions import cut
+from graft.codegen.skips import SkipCount, guarded_regions
 from graft.compiler.program import Function, KernelRecord
 from graft.compiler.shapes import attribute
 
@@ -61,7 +62,9 @@ class CppExecutable:
         self.packed = frozenset(
             (*(name for kernel in products for name in kernel.weights), *(panels or {}).keys() & gathers)
         )
-        self.code = print_code(self.cut.kernels, self.packed)
+        self.guarded = guarded_regions(self.cut.kernels)
+        counters = {one.counter: number for number, one in enumerate(self.guarded)}
+        self.code = print_code(self.cut.kernels, self.packed, counters)
         self.library, self.path = load(self.code.source, self.isa)
         self.threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
         self.lock = threading.Lock()
@@ -79,6 +82,8 @@ class CppExecutable:
         self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.arrays}
         self.seconds: np.ndarray | None = None
         """Where to add up what each compiled kernel takes, in their order; None, as a rule, measures nothing."""
+        self.skipped = np.zeros((len(self.guarded), 4), np.int64)
+        """Of every guard what `tally` of include/step.h adds up."""
         self.capacity = 0
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.segments = [
@@ -101,6 +106,15 @@ class CppExecutable:
         key = f"{processor_name()}, {self.threads} threads"
         rates = cached_rates(self.path.with_name("rates.json"), key, lambda: calibrate(self.kernels, self.profile))
         return Prediction(self.kernels, rates)
+
+    @property
+    def skips(self) -> tuple[SkipCount, ...]:
+        """See codegen.executable.Executable."""
+        return tuple(one.count(*counts) for one, counts in zip(self.guarded, self.skipped.tolist(), strict=True))
+
+    def forget_skips(self) -> None:
+        """See codegen.executable.Executable."""
+        self.skipped[:] = 0
 
     def profile(self, rows: int, context: int) -> np.ndarray:
         """Seconds of every kernel in a step of one sequence, the median of some steps over zeros."""
@@ -237,6 +251,8 @@ class CppExecutable:
             self.schedule.ctypes.data,
             self.arguments.ctypes.data,
             seconds=self.seconds.ctypes.data if self.seconds is not None else None,
+            # A measured step is none of the user's.
+            skips=self.skipped.ctypes.data if self.seconds is None else None,
         )
         self.run_segments(call, given)
         return outputs[0], outputs[1]

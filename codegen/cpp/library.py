@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -50,6 +51,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("addresses", "schedule", "arguments")),
         *((name, ctypes.c_int64) for name in ("first", "last")),
         ("seconds", ctypes.c_void_p),
+        ("skips", ctypes.c_void_p),
     )
 
 
@@ -71,15 +73,16 @@ class Code:
         return self.places.setdefault(name, len(self.places))
 
 
-def print_code(kernels: tuple[Kernel, ...], packed: frozenset[str]) -> Code:
-    """All kernels as one source; kernels that are equal but for their arrays are one function."""
+def print_code(kernels: tuple[Kernel, ...], packed: frozenset[str], counters: Mapping[int, int]) -> Code:
+    """All kernels as one source; kernels that are equal but for their arrays are one function. `counters` are the
+    kernels that count for their guards, by their place, with the guards' numbers."""
     code, functions, texts = Code(), dict[str, int](), list[str]()
     names: list[str] = []
-    for kernel in kernels:
+    for place, kernel in enumerate(kernels):
         if isinstance(kernel, AtenKernel):
             code.names.append("aten")
             continue
-        printed = print_kernel(kernel, packed)
+        printed = print_kernel(kernel, packed, counters.get(place, -1))
         if printed.body not in functions:
             functions[printed.body] = len(names)
             names.append(f"{printed.kind}_{len(names)}")

@@ -58,14 +58,16 @@ class Printed:
     """Names of arrays, "weight NAME", "state INDEX", or whole numbers."""
 
 
-def print_kernel(kernel: Kernel, packed: frozenset[str]) -> Printed:
-    """The code of one kernel; `packed` are the parameters that are stored as panels."""
+def print_kernel(kernel: Kernel, packed: frozenset[str], counter: int = -1) -> Printed:
+    """The code of one kernel; `packed` are the parameters that are stored as panels, `counter` is the number of its
+    guard if this is the kernel that counts for it."""
     printed = print_unguarded(kernel, packed)
     if kernel.guard is None:
         return printed
-    mask, wanted = f"argument[{len(printed.arguments)}]", "true" if kernel.guard.wanted else "false"
-    branch = f"    if (!step.any(step.array<float>({mask}), '{kernel.guard.mask.rows}', {wanted})) return;\n"
-    return Printed(printed.kind, branch + printed.body, (*printed.arguments, kernel.guard.mask.name))
+    mask, counts = (f"argument[{len(printed.arguments) + more}]" for more in (0, 1))
+    rows, wanted = kernel.guard.mask.rows, "true" if kernel.guard.wanted else "false"
+    branch = f"    if (!step.any(step.array<float>({mask}), '{rows}', {wanted}, {counts}, part)) return;\n"
+    return Printed(printed.kind, branch + printed.body, (*printed.arguments, kernel.guard.mask.name, counter))
 
 
 def print_unguarded(kernel: Kernel, packed: frozenset[str]) -> Printed:

@@ -21,6 +21,7 @@ from graft.codegen.kernel_ir import Array, AtenKernel, Kernels
 from graft.codegen.prediction import Prediction
 from graft.codegen.records import record
 from graft.codegen.regions import cut
+from graft.codegen.skips import SkipCount
 from graft.codegen.triton.layout import lay_out, levels_of
 from graft.codegen.triton.library import Launch, load, print_code
 from graft.compiler.errors import LoweringError
@@ -91,6 +92,11 @@ class TritonExecutable:
     def prediction(self) -> Prediction | None:
         """None: GPUs are not measured for it."""
         return None
+
+    skips: tuple[SkipCount, ...] = ()
+
+    def forget_skips(self) -> None:
+        """See codegen.executable.Executable."""
 
     @property
     def memory(self) -> dict[str, int]:

@@ -71,7 +71,7 @@ class Library:
 
     def __init__(self, parts: Sequence[tuple[Rows, Sequence[fx.Node]]], isa: Isa | None = None) -> None:
         self.parts = parts
-        self.code = print_code(tuple(rows.kernel(results) for rows, results in parts), frozenset())
+        self.code = print_code(tuple(rows.kernel(results) for rows, results in parts), frozenset(), {})
         self.library, _ = load(self.code.source, isa or detect())
 
     def run(self, part: int, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -100,7 +100,7 @@ def source_of(function: Function) -> str:
     with torch.no_grad():
         kernels = cut(function).kernels
     packed = {name for kernel in kernels if isinstance(kernel, MatmulKernel) for name in kernel.weights}
-    return print_code(kernels, frozenset(packed)).source
+    return print_code(kernels, frozenset(packed), {}).source
 
 
 PERIODS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from graft.codegen.skips import SkipCount
 from graft.compiled import lossy_note
 from graft.compiler.plan import Plan
 from graft.compiler.program import PassRecord
@@ -52,6 +53,14 @@ def test_measured_numbers_carry_their_units_and_rates_are_derived() -> None:
     assert row(text, "prefill").split()[-2:] == ["50.1", "ms"]
     assert row(text, "decode").split()[-2:] == ["2.000", "s"]
     assert "per request" not in text
+
+
+def test_skipping_is_told_by_function_with_shares_of_rows_and_of_whole_regions() -> None:
+    guards = (SkipCount("not all gt", 2, 3000, 10, 5, 40, 30), SkipCount("some gt", 1, 1000, 10, 0, 40, 4))
+    text = render_report([], skips={"forward": guards, "plain": (), "unused": (SkipCount("a", 1, 1, 0, 0, 0, 0),)})
+    shown = " ".join(row(text, "forward").split())
+    assert shown == "forward 3 10 53.3% 33.3% 2.5 kB of 4 kB"  # (2 * 30 + 4) / (3 * 40), 2 * 5 / (3 * 10)
+    assert "plain" not in text and "unused" not in text
 
 
 def test_drafters_are_listed_with_what_each_contributed() -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import graft
+from graft.codegen.aten import AtenExecutable
 from graft.codegen.cpp.executable import CppExecutable
+from graft.codegen.executable import Executable
 from graft.codegen.kernel_ir import Kernel, MatmulKernel
 from graft.compiler.capture import capture
 from graft.compiler.errors import PassError, PlanError
@@ -132,7 +134,7 @@ def lowered() -> CppExecutable:
         return CppExecutable(program["forward"])
 
 
-def call(executable: CppExecutable, positions: list[int]) -> tuple[Tensor, ...]:
+def call(executable: Executable, positions: list[int]) -> tuple[Tensor, ...]:
     """One row of each of two slots at these positions."""
     lengths = torch.tensor(positions)
     inputs = (torch.tensor([5, 6]), lengths, torch.tensor([0, 1]), torch.tensor([-1, -1]), lengths, torch.arange(2))
@@ -166,6 +168,23 @@ def test_a_feed_forward_that_every_row_skips_is_not_run_and_one_that_a_row_needs
     assert all(torch.equal(one[0], two[0]) for one, two in zip(skipped, needed, strict=True))
 
 
+def test_what_was_skipped_is_counted_and_aten_counts_the_same(lowered: CppExecutable) -> None:
+    aten = AtenExecutable(lowered.function)
+    for executable in (lowered, aten):
+        executable.forget_skips()
+        for positions in ([9, 9], [9, 2], [1, 2], [8, 9]):
+            call(executable, positions)
+    counted = [(1, 4, 2, 8, 5)] * 2  # of four calls two were needed by no row; of their eight rows five went past
+    shown = [(one.regions, one.calls, one.skipped_calls, one.rows, one.skipped_rows) for one in lowered.skips]
+    assert shown == counted and lowered.skips == aten.skips
+    config = build("llama").config
+    assert [one.weights for one in aten.skips] == [3 * 4 * config.hidden_size * config.intermediate_size] * 2
+    lowered.profile(1, 8)
+    assert lowered.skips == aten.skips  # what is measured does not count
+    lowered.forget_skips()
+    assert lowered.skips[0].calls == 0
+
+
 def test_a_skipping_model_generates_what_it_says_with_drafts_and_without() -> None:
     model = build("llama", num_hidden_layers=5)
     target = [SkipFFN(similarity=0.9, skip=2)]
@@ -173,6 +192,9 @@ def test_a_skipping_model_generates_what_it_says_with_drafts_and_without() -> No
     plain = graft.compile(model, graft.Plan(target=target)).generate(tokens, max_new_tokens=24)
     drafted = graft.compile(model, graft.Plan(target=target, draft=[graft.Lookup(), graft.Recycle()]))
     assert torch.equal(drafted.generate(tokens, max_new_tokens=24), plain)
+    counts = drafted.decoder.executable.skips
+    assert len(counts) == 2 and counts[0].rows >= 12 + 23 and 0 < counts[0].calls <= 24
+    assert "regions skipped whole" in drafted.report()
 
 
 def test_bad_options_are_refused() -> None:

@@ -17,6 +17,7 @@ struct Call {
     const int32_t* arguments;
     int64_t first, last;         // the part of the schedule to run
     double* seconds;             // if any: for each kernel of the schedule, what it took is added
+    int64_t* skips;              // if any: for each guard that is counted, what `tally` adds
 };
 
 struct Step {
@@ -36,14 +37,23 @@ struct Step {
 
     template <class T> T* array(int32_t number) const { return (T*)call.addresses[number]; }
     int64_t count(char rows) const { return rows == 'R' ? call.results : call.rows; }
-    // Whether the mask of some row is as wanted.
-    bool any(const float* mask, char rows, bool wanted) const {
+    // Whether the mask of some row is as wanted. The first part of the kernel that counts for its guard, the others having
+    // -1 in the place of its number, adds this call to what is known of it.
+    bool any(const float* mask, char rows, bool wanted, int32_t guard, int part) const {
+        if (guard >= 0 && part == 0 && call.skips) tally(call.skips + 4 * guard, mask, count(rows), wanted);
         for (int64_t row = 0; row < count(rows); ++row)
             if ((mask[row] != 0) == wanted) return true;
         return false;
     }
 
   private:
+    // Calls, calls that no row needed, rows, rows that did not need it.
+    static void tally(int64_t* counts, const float* mask, int64_t rows, bool wanted) {
+        int64_t skipped = 0;
+        for (int64_t row = 0; row < rows; ++row) skipped += (mask[row] != 0) != wanted;
+        counts[0] += 1, counts[1] += skipped == rows, counts[2] += rows, counts[3] += skipped;
+    }
+
     void lay_out(int64_t row) {
         const int64_t slot = call.sequences[row], parent = call.parents[row];
         const bool first = row == 0 || call.sequences[row - 1] != slot;

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import graft
 from benchmarks.record import Prompt, add_prompt_options, load_prompts, save
 from examples.smollm2 import load
-from graft.calibrating import predicted, run_on, tidy
+from graft.calibration.measuring import predicted, run_on, tidy
 from graft.compiler.program import Function, Program
 from graft.compiler.spec import show
 from graft.passes.add_draft import AddDraft

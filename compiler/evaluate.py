@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graft.compiler.ops import NO_PARENT
 from graft.compiler.program import Function
@@ -29,20 +30,20 @@ class Sample:
         return f"{sum(map(len, self.sequences))} tokens of {self.origin}"
 
 
-def logits_of(function: Function, sequences: Sequences, module: fx.GraphModule | None = None) -> list[Tensor]:
+def logits_of(function: Function, sequences: Sequences, module: Callable[..., Any] | None = None) -> list[Tensor]:
     """Logits [length, vocabulary] after every token of each sequence, float32 (float64 for a float64 model).
 
     A dense function gets all sequences as one padded batch. A flat one gets all tokens but each sequence's last in one
     call on an empty state; the last ones follow in a second call, each behind a sibling with another token, so that
     reading the cache and keeping the branches of a tree apart count too. `module` is `function.module()`, for callers
-    that have made it.
+    that have made it, or what runs in its place.
     """
     module = module or function.module()
     with torch.no_grad():
         return (flat_logits if function.flat else dense_logits)(function, module, sequences)
 
 
-def dense_logits(function: Function, module: fx.GraphModule, sequences: Sequences) -> list[Tensor]:
+def dense_logits(function: Function, module: Callable[..., Any], sequences: Sequences) -> list[Tensor]:
     """One padded batch; attention is causal, so what stands behind a sequence does not reach it."""
     device = function.device
     longest = max(map(len, sequences))
@@ -54,7 +55,7 @@ def dense_logits(function: Function, module: fx.GraphModule, sequences: Sequence
     return [wide(logits[row, : len(sequence)]) for row, sequence in enumerate(sequences)]
 
 
-def flat_logits(function: Function, module: fx.GraphModule, sequences: Sequences) -> list[Tensor]:
+def flat_logits(function: Function, module: Callable[..., Any], sequences: Sequences) -> list[Tensor]:
     """Two calls on slots in reverse order, so that a slot is not by chance its sequence's number."""
     device = function.device
     slots = list(reversed(range(len(sequences))))

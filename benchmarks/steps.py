@@ -59,7 +59,7 @@ def main() -> None:
         console.print(f"loading and compiling SmolLM2-135M-Instruct in {dtype}, {torch.get_num_threads()} threads")
         model, _ = load(getattr(torch, dtype))
         model.generation_config.eos_token_id = None
-        own = Graft(model, graft.Plan())
+        own = Graft(graft.compile(model))
         machine, steps = measure(own.fast.decoder, dtype, arguments.repeats)
         prefill = prefills(own, model, arguments.prefills, console)
         floor = prefill_floor(function_cost(own.fast.decoder.function), machine)

@@ -30,13 +30,17 @@ PAUSE = 0.05
 @dataclass(frozen=True)
 class Timed:
     """One text: the prompt's length, the new tokens, seconds until the first of them and from then on, and how often
-    the target was run after the prompt."""
+    the target was run after the prompt. Of graft also rows drafted, and seconds of drafting and of the target's runs.
+    """
 
     prompt: int
     ids: list[int]
     prefill: float
     decode: float
     steps: int
+    drafted: int = 0
+    drafting: float = 0.0
+    verifying: float = 0.0
 
 
 class System(Protocol):
@@ -55,9 +59,9 @@ class System(Protocol):
 class Graft:
     """A compiled model of graft. Measuring step times for the controller, done once for each model, is not counted."""
 
-    def __init__(self, model: PreTrainedModel, plan: graft.Plan) -> None:
-        self.fast = graft.compile(model, plan)
-        self.notes: dict[str, object] = {"plan": plan.to_toml()}
+    def __init__(self, fast: graft.CompiledModel) -> None:
+        self.fast = fast
+        self.notes: dict[str, object] = {"plan": fast.plan.to_toml()}
 
     def run(self, ids: list[int], new_tokens: int) -> Timed:
         first, text = FirstToken(), torch.tensor([ids])
@@ -68,7 +72,8 @@ class Graft:
         )
         end, stats = time.perf_counter(), self.fast.stats
         decode = end - first.seen[1] - stats["calibration_seconds"]
-        return Timed(len(ids), new_ids(found, ids, new_tokens), first.seen[1] - start, decode, stats["steps"])
+        phases = (stats["drafted"], stats["draft_seconds"], stats["model_seconds"])
+        return Timed(len(ids), new_ids(found, ids, new_tokens), first.seen[1] - start, decode, stats["steps"], *phases)
 
     def warm_up(self, prompts: Sequence[list[int]], new_tokens: int) -> None:
         self.run(min(prompts, key=len), new_tokens)
@@ -193,8 +198,8 @@ def speculative() -> graft.Plan:
 
 
 MAKERS: dict[str, Callable[[PreTrainedModel, int], System]] = {
-    "graft": lambda model, context: Graft(model, graft.Plan()),
-    "graft speculative": lambda model, context: Graft(model, speculative()),
+    "graft": lambda model, context: Graft(graft.compile(model)),
+    "graft speculative": lambda model, context: Graft(graft.compile(model, speculative())),
     "transformers": lambda model, context: Transformers(model),
     "transformers prompt lookup": lambda model, context: Transformers(model, prompt_lookup_num_tokens=10),
     "transformers compiled": lambda model, context: Compiled(model),

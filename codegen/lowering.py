@@ -29,7 +29,12 @@ def check_backend(backend: str) -> None:
         raise LoweringError("there is no such backend", expected=", ".join(BACKENDS), found=backend)
 
 
-def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor] | None = None) -> Executable:
+def lower(
+    function: Function,
+    backend: str = "auto",
+    panels: Mapping[str, Tensor] | None = None,
+    beside: Executable | None = None,
+) -> Executable:
     """The code that runs a function on flat rows.
 
     "auto" is fused C++ for a function whose parameters are on the CPU, and ATen elsewhere, or where there is no C++
@@ -39,7 +44,8 @@ def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor
     function here.
 
     `panels` are what an executable's `replaced` gave: parameters in packed form, by name, that stand in the function's
-    weights without storage. Where ATen runs the function they are unpacked into the weights.
+    weights without storage. Where ATen runs the function they are unpacked into the weights. `beside` is what runs
+    another function of the program, never at the same time as this one: they may share threads.
     """
     check_backend(backend)
     device = function.device
@@ -55,7 +61,8 @@ def lower(function: Function, backend: str = "auto", panels: Mapping[str, Tensor
     try:
         # The graph of fake values that regions read was made without gradients.
         with torch.no_grad():
-            return CppExecutable(function, panels=panels)
+            team = beside.team if isinstance(beside, CppExecutable) else None
+            return CppExecutable(function, panels=panels, team=team)
     except NoCompiler as error:
         if backend == "cpp":
             raise

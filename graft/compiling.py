@@ -160,7 +160,7 @@ def decoder_of(
     target: Decoder | None = None
     store = KVStore(target_states(program), program[TARGET].device)
     for function in sorted(program.functions.values(), key=lambda one: one.name != TARGET):
-        function.lowered = executable = lower(function, backend, packed)
+        function.lowered = executable = lower(function, backend, packed, target.executable if target else None)
         packed |= executable.panels
         if target is None:
             target = Decoder(function, executable, vocabulary, positions, store)

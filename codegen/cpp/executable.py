@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
-import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import groupby
@@ -19,6 +17,7 @@ from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
 from graft.codegen.cpp.memory import check_panels, pack
+from graft.codegen.cpp.team import Team
 from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, MatmulKernel, parameters_behind
 from graft.codegen.prediction import Prediction, cached_rates, calibrate
 from graft.codegen.records import record
@@ -49,8 +48,10 @@ class CppExecutable:
         isa: Isa | None = None,
         threads: int | None = None,
         panels: Mapping[str, Tensor] | None = None,
+        team: Team | None = None,
     ) -> None:
-        """`panels` are parameters that are packed already, by name; the function's weights need not hold those.
+        """`panels` are parameters that are packed already, by name; the function's weights need not hold those. `team`
+        is that of another function, which never runs at the same time; None for threads of its own.
 
         Raises LoweringError (build.NoCompiler where there is no compiler) if the library cannot be built.
         """
@@ -67,8 +68,7 @@ class CppExecutable:
         self.code = print_code(self.cut.kernels, self.packed, counters)
         self.library, self.path = load(self.code.source, self.isa)
         self.threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
-        self.lock = threading.Lock()
-        self.team = self.open_team()
+        self.team = Team(self.library, self.threads) if team is None or team.wanted != self.threads else team
         self.panels: dict[str, Tensor] = {}
         """Packed parameters by name: tied ones are packed once."""
         self.keep: list[Tensor] = []
@@ -130,7 +130,7 @@ class CppExecutable:
             for spec, width in zip(self.function.row_inputs, widths, strict=True)
         ]
         measured = []
-        with self.lock, torch.inference_mode():
+        with self.team.lock, torch.inference_mode():
             try:
                 for _ in range(PROFILED_STEPS):
                     self.seconds = np.zeros(len(self.schedule) // 2)
@@ -150,12 +150,6 @@ class CppExecutable:
     def source(self) -> str:
         """The generated C++."""
         return self.code.source
-
-    def open_team(self) -> int:
-        """Threads of our own, ended when the executable is collected."""
-        team: int = self.library.graft_open(self.threads)
-        weakref.finalize(self, self.library.graft_close, team)
-        return team
 
     def place_weights(self, given: Mapping[str, Tensor]) -> None:
         """Pack every parameter that is multiplied with and not among those given packed, once, and note where
@@ -208,10 +202,8 @@ class CppExecutable:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See codegen.executable.Executable."""
-        if not self.library.graft_here(self.team):
-            # In a forked child: the threads are not here, and one that held the lock may not be either.
-            self.lock, self.team = threading.Lock(), self.open_team()
-        with self.lock:
+        self.team.check()
+        with self.team.lock:
             count = len(self.inputs)
             return self.run((*(one.contiguous() for one in inputs[:count]), *inputs[count:]))
 
@@ -221,8 +213,8 @@ class CppExecutable:
         if logits.dtype != torch.float32 or not logits.is_contiguous() or not 0 < count <= min(width, MOST_BEST):
             return None
         ids = torch.empty(rows, count, dtype=torch.int64)
-        with self.lock:
-            self.library.graft_top(self.team, logits.data_ptr(), rows, width, count, ids.data_ptr())
+        with self.team.lock:
+            self.library.graft_top(self.team.handle, logits.data_ptr(), rows, width, count, ids.data_ptr())
         return ids
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -263,7 +255,7 @@ class CppExecutable:
         for is_aten, kernels in self.segments:
             if not is_aten:
                 call.first, call.last = call.last, call.last + len(kernels)
-                self.library.graft_run(self.team, ctypes.byref(call))
+                self.library.graft_run(self.team.handle, ctypes.byref(call))
                 continue
             for kernel in kernels:
                 assert isinstance(kernel, AtenKernel)

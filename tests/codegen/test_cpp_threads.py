@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from graft.codegen.cpp.executable import CppExecutable
+from graft.compiler.program import Program
+from graft.compiling import decoder_of
 from tests.codegen.compiled import compiled, function_of
 from tests.codegen.functions import call_of, random_states
 
@@ -68,7 +70,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 def test_a_child_forked_in_the_midst_of_a_step_may_still_run_steps() -> None:
     executable, wanted = compiled("llama"), steps(3)
-    with executable.lock:  # as it is while another thread is in a step
+    with executable.team.lock:  # as it is while another thread is in a step
         assert succeeds_in_a_fork(executable, wanted)
 
 
@@ -83,3 +85,28 @@ def test_its_threads_end_when_it_is_collected() -> None:
     del executable
     gc.collect()
     assert len(list(tasks.iterdir())) == before
+
+
+def test_functions_may_share_threads_which_outlive_the_one_that_started_them() -> None:
+    tasks = Path("/proc/self/task")
+    wanted, before = steps(3), len(list(tasks.iterdir()))
+    with torch.no_grad():
+        first = CppExecutable(function_of("qwen2"), threads=2)
+        second = CppExecutable(function_of("llama"), threads=2, team=first.team)
+    assert len(list(tasks.iterdir())) == before + 1
+    assert run(second, wanted) and succeeds_in_a_fork(second, wanted)
+    del first
+    gc.collect()
+    assert run(second, wanted)
+    del second
+    gc.collect()
+    assert len(list(tasks.iterdir())) == before
+
+
+def test_functions_of_one_program_share_threads() -> None:
+    copy = function_of("llama").copy()
+    copy.name = "other"
+    decoder = decoder_of(Program({"forward": function_of("llama"), "other": copy}), 100, None, "cpp")
+    other = decoder.functions["other"].executable
+    assert isinstance(decoder.executable, CppExecutable) and isinstance(other, CppExecutable)
+    assert other.team is decoder.executable.team

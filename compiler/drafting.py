@@ -40,6 +40,8 @@ class Context:
     prompt_length: int
     data: dict[str, object] = field(default_factory=dict)
     """Per-request state of drafters and controllers, each under a key of its own; dropped with the request."""
+    pace: float = 0.0
+    """Tokens per second lately, as the controller sees it: what time is worth. 0 where that is not known."""
 
 
 @dataclass

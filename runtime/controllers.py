@@ -225,6 +225,7 @@ class AdaptiveControl:
         rates.tokens += (1 + len(hits) - rates.tokens) / self.spec.memory
         seconds = self.step_seconds(1 + len(tree)) + (self.draft_seconds() if tree.tokens else 0.0)
         rates.seconds += (seconds - rates.seconds) / self.spec.memory
+        context.pace = rates.tokens / rates.seconds
 
     def _seconds(self, rows: float) -> float:
         whole = int(rows)

@@ -14,7 +14,7 @@ from graft.compiler.errors import StateError
 from graft.compiler.ops import NO_PARENT
 from graft.compiler.program import Function
 from graft.runtime.kv_store import KVOverlay, KVStore
-from graft.runtime.top_tokens import top_rows
+from graft.runtime.top_tokens import shares_of, top_rows
 
 ALONE_ROWS = 512
 """Tokens that `best_after` looks at in one call."""
@@ -122,6 +122,11 @@ class Decoder:
         """int64 [rows, count]: the ids of the best tokens of each row of logits, best first."""
         found = self.executable.top(logits, count)
         return top_rows(logits, count) if found is None else found
+
+    def best(self, logits: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """[rows, count] of at most so many best tokens of each row of logits, best first: ids, and probabilities."""
+        tokens = self.top(logits, min(count, logits.shape[1]))
+        return tokens.cpu().numpy(), shares_of(logits, tokens)
 
     def best_after(self, tokens: Sequence[int], count: int) -> np.ndarray:
         """See `compiler.drafting.Target`. A text starts with the model's first token where it has one."""

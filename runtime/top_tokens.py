@@ -42,3 +42,13 @@ def top_rows(logits: Tensor, count: int) -> Tensor:
     best = np.argpartition(-candidates, count - 1, axis=1)[:, :count]
     best = np.take_along_axis(best, np.argsort(-np.take_along_axis(candidates, best, 1), axis=1, kind="stable"), 1)
     return torch.from_numpy(np.take_along_axis(ids, best, 1))
+
+
+def shares_of(logits: Tensor, tokens: Tensor) -> np.ndarray:
+    """[rows, count]: the probabilities of some tokens, the first of which is the best of its row."""
+    values, ids = logits.detach().cpu().numpy(), tokens.cpu().numpy()
+    chosen = values[np.arange(len(ids))[:, None], ids]
+    apart = values - chosen[:, :1]
+    np.exp(apart, out=apart)
+    shares: np.ndarray = np.exp(chosen - chosen[:, :1]) / apart.sum(1, keepdims=True)
+    return shares

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from graft.compiler.drafting import (
     TreePolicy,
 )
 from graft.compiler.errors import CheckpointError, PlanError
+from graft.compiler.ops import NO_PARENT
 from graft.compiler.passing import Pass
 from graft.compiler.shapes import attribute
 from graft.passes.heads.dialects import dialect_of, read_config
@@ -32,6 +35,7 @@ from graft.passes.hydra_heads import HydraHeads
 from graft.passes.medusa_heads import MedusaHeads
 from graft.runtime.decoder import Decoder, Rows
 from graft.runtime.drafters.with_function import GrowingTree
+from graft.runtime.step_times import running
 
 PROMPT_ROWS = 512
 """Hidden states that a prefix layer reads in one call at most."""
@@ -109,6 +113,8 @@ class Held:
     """Hidden states [tokens, width] that the prefix layer has not read."""
     said: list[Candidates] = field(default_factory=list)
     """What the first head, or all, say behind the root, where that is known before the tree grows."""
+    answers: dict[tuple[int, ...], Candidates] = field(default_factory=dict)
+    """What heads said of the latest tree, by the tokens down to a node."""
 
 
 @dataclass(kw_only=True)
@@ -116,6 +122,19 @@ class Asking(GrowingTree):
     """A tree that heads answer."""
 
     held: Held
+
+
+@dataclass
+class Question:
+    """A node whose candidates a head is to name."""
+
+    tree: Asking
+    answers: list[Candidates]
+    """Those of its tree, and the answer's place among them."""
+    place: int
+    tokens: tuple[int, ...]
+    """Drafted down to the node."""
+    reach: float
 
 
 class HeadsDrafting(ABC):
@@ -176,10 +195,7 @@ class HeadsDrafting(ABC):
 
     def best(self, logits: Tensor) -> list[Candidates]:
         """The best tokens of each row of [rows, v], with their probabilities."""
-        chosen = self.levels[0].top(logits, min(self.count, logits.shape[1])).cpu().numpy()
-        values = logits.detach().cpu().numpy()
-        found = np.take_along_axis(values, chosen, 1)
-        shares = np.exp(found - found[:, :1]) / np.exp(values - found[:, :1]).sum(1, keepdims=True)
+        chosen, shares = self.levels[0].best(logits, self.count)
         ids = self.tokens[chosen].tolist()
         return [list(zip(row, share, strict=True)) for row, share in zip(ids, shares.tolist(), strict=True)]
 
@@ -204,8 +220,47 @@ class ParallelHeads(HeadsDrafting):
         return answers
 
 
+@dataclass
+class Level:
+    """What asking one head takes, and how often the next token is among its candidates where its question came true."""
+
+    seconds: tuple[int, float] = (0, 0.0)
+    right: float = 2.0
+    asked: float = 4.0
+
+    def pays(self, reach: float, pace: float) -> bool:
+        """Whether an answer behind nodes that are reached with a probability of `reach` in all is worth the time, of
+        which a second is worth `pace` tokens."""
+        return reach * self.right / self.asked >= pace * self.seconds[1]
+
+
 class SequentialHeads(HeadsDrafting):
-    """Hydra: a level of all trees is one call of its head, which sees the tokens drafted above."""
+    """Hydra: a level of all trees is one call of its head, which sees the tokens drafted above.
+
+    A head below the first is not asked where its answer is not expected to be worth its time. Whether the first one is
+    is for the controller to say.
+    """
+
+    def __init__(self, spec: Heads, levels: Sequence[Decoder], policy: TreePolicy, vocabulary: int) -> None:
+        super().__init__(spec, levels, policy, vocabulary)
+        self.costs = [Level() for _ in levels]
+
+    def observe(self, context: Context, outcome: Outcome) -> None:
+        """See `Drafting.observe`."""
+        super().observe(context, outcome)
+        self.learn(context, outcome)
+
+    def learn(self, context: Context, outcome: Outcome) -> None:
+        """Compare what was said along the decided path with the tokens that were decided."""
+        said = self.held(context).answers
+        decided = [*(outcome.tree.tokens[node] for node in outcome.path), outcome.next_token]
+        for depth, token in enumerate(decided[: len(self.levels)]):
+            candidates = said.get(tuple(decided[:depth]))
+            if candidates is None:
+                break
+            self.costs[depth].asked += 1
+            self.costs[depth].right += any(token == one for one, _ in candidates)
+        said.clear()
 
     def prepare(self, growing: Sequence[Asking]) -> None:
         """Nothing: the hidden states are at hand."""
@@ -213,21 +268,33 @@ class SequentialHeads(HeadsDrafting):
     def answer(self, asking: Sequence[Asking]) -> list[list[Candidates]]:
         """See `HeadsDrafting.answer`. A policy may ask about nodes of several depths at once."""
         answers: list[list[Candidates]] = [[[] for _ in one.asked] for one in asking]
-        levels: dict[int, list[tuple[int, int, list[int]]]] = defaultdict(list)
+        levels: dict[int, list[Question]] = defaultdict(list)
         for index, one in enumerate(asking):
             for place, node in enumerate(one.asked):
                 if node == ROOT and one.held.said:
-                    answers[index][place] = one.held.said[0]
+                    answers[index][place] = one.held.answers[()] = one.held.said[0]
                     continue
-                path = [one.tree.tokens[above] for above in one.tree.path(node)]
+                path = one.tree.path(node)
                 if len(path) < len(self.levels):
-                    levels[len(path)].append((index, place, [one.context.tokens[-1], *path]))
+                    tokens = tuple(one.tree.tokens[above] for above in path)
+                    reach = math.prod(one.tree.probabilities[above] for above in path)
+                    levels[len(path)].append(Question(one, answers[index], place, tokens, reach))
         for depth, questions in levels.items():
-            held = [asking[index].held for index, _, _ in questions]
-            logits = run_rows(self.levels[depth], [tokens for _, _, tokens in questions], held)
-            for (index, place, _), candidates in zip(questions, self.best(logits), strict=True):
-                answers[index][place] = candidates
+            # A request's time is worth something once, however many of its nodes are asked about.
+            pace = sum({id(one.tree): one.tree.context.pace for one in questions}.values())
+            if depth and not self.costs[depth].pays(sum(one.reach for one in questions), pace):
+                continue
+            start = time.perf_counter()
+            self.ask(depth, questions)
+            self.costs[depth].seconds = running(self.costs[depth].seconds, time.perf_counter() - start)
         return answers
+
+    def ask(self, depth: int, questions: Sequence[Question]) -> None:
+        """Run a head over a row for each question, and write the answers down."""
+        texts = [(one.tree.context.tokens[-1], *one.tokens) for one in questions]
+        logits = run_rows(self.levels[depth], texts, [one.tree.held for one in questions])
+        for one, candidates in zip(questions, self.best(logits), strict=True):
+            one.answers[one.place] = one.tree.held.answers[one.tokens] = candidates
 
 
 class PrefixedHeads(SequentialHeads):
@@ -254,6 +321,7 @@ class PrefixedHeads(SequentialHeads):
         lacking = len(context.tokens) - 1 - known  # none at first: the prompt's were given to begin
         if lacking:
             held.waiting.append(outcome.hidden[[0, *(1 + node for node in outcome.path)][-lacking:]])
+        self.learn(context, outcome)
 
     def end(self, context: Context) -> None:
         """See `Drafting.end`."""
@@ -294,12 +362,13 @@ def run_rows(decoder: Decoder, texts: Sequence[Sequence[int]], held: Sequence[He
     """Logits [rows, ...] of a function without a state on one row for each text: its tokens, the last one last, and
     what the heads read of the request that it belongs to."""
     count, device = len(texts), decoder.device
-    rows = np.zeros((5 + len(texts[0]), count), np.int64)
-    rows[2], rows[3], rows[4] = -1, np.arange(count), 0
-    rows[5:] = np.array(texts, np.int64).T
-    columns = torch.from_numpy(rows).to(device)
-    hidden = torch.cat([one.hidden for one in held if one.hidden is not None])
-    flat = (columns[-1], columns[0], columns[1], columns[2], columns[4, :1], columns[3])
+    # One tensor for everything, taken apart in one call: each further call of torch costs as much as a row.
+    rows = np.zeros((4 + len(texts[0]), count), np.int64)
+    rows[1], rows[2] = NO_PARENT, np.arange(count)
+    rows[4:] = np.array(texts, np.int64).T
+    zeros, parents, wanted, lengths, *tokens = torch.from_numpy(rows).to(device).unbind()
+    hidden = [one.hidden for one in held if one.hidden is not None]
     with torch.inference_mode():
-        logits, _ = decoder.executable(*flat, hidden, *columns[5:-1])
+        flat = (tokens[-1], zeros, zeros, parents, lengths[:1], wanted)
+        logits, _ = decoder.executable(*flat, hidden[0] if count == 1 else torch.cat(hidden), *tokens[:-1])
     return logits

@@ -20,7 +20,6 @@ from graft.compiler.ops import NO_PARENT
 from graft.runtime.decoder import Decoder, Rows
 from graft.runtime.random import drawn_node
 from graft.runtime.request import SAMPLING, Sampling
-from graft.runtime.top_tokens import top_rows
 from graft.runtime.verifiers import draw
 
 
@@ -152,10 +151,7 @@ class FunctionDrafting(ABC):
 
     def best(self, logits: Tensor) -> list[Candidates]:
         """The best tokens of each row, with their probabilities."""
-        count = min(self.candidates, logits.shape[1])
-        tokens = top_rows(logits, count)
-        # Probabilities of a few tokens need no softmax over the vocabulary.
-        shares = (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)).exp()
+        tokens, shares = self.decoder.best(logits, self.candidates)
         return [list(zip(row, share, strict=True)) for row, share in zip(tokens.tolist(), shares.tolist(), strict=True)]
 
     def noise(self, context: Context) -> Callable[[int, int], float] | None:

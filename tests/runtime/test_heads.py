@@ -13,7 +13,7 @@ from torch import Tensor
 import graft
 from graft.compiler.drafting import ROOT, Context, DraftTree, Outcome
 from graft.passes.heads.config import HeadsConfig
-from graft.runtime.drafters.heads import HeadsDrafting
+from graft.runtime.drafters.heads import HeadsDrafting, SequentialHeads
 from graft.runtime.tree_policies import Fixed
 from tests.conftest import Prompt, RealModel
 from tests.families import VOCABULARY, build
@@ -137,6 +137,38 @@ def test_a_reduced_vocabulary_proposes_only_its_tokens(made: Made) -> None:
     drafting.end(context)
     allowed = made.tensors["draft_vocabulary"].tolist() if made.config.reduced else range(VOCABULARY)
     assert seen and seen <= set(allowed)
+
+
+def test_a_head_below_the_first_is_asked_while_its_answer_is_worth_its_time(made: Made) -> None:
+    drafting = graft.Heads(made.folder).open(made.fast.decoder, Fixed.branching(2, 1, 1))
+    context = Context([5, 6, 7], 2)
+    drafting.begin(context, None, torch.randn(2, 64))
+    drafting.observe(context, Outcome(DraftTree(), [], 7, hidden=torch.randn(1, 64)))
+    depths = []
+    for pace in (0.0, 1e12, 1e-12):
+        context.pace = pace
+        (tree,) = drafting.propose([context], [12])
+        depths.append(max(len(tree.path(node)) for node in range(len(tree))))
+    drafting.end(context)
+    assert depths == ([3, 3, 3] if made.config.kind == "medusa" else [3, 1, 3])
+
+
+def test_a_head_learns_how_often_it_is_right_where_it_was_asked(made: Made) -> None:
+    drafting = graft.Heads(made.folder).open(made.fast.decoder, Fixed.branching(2, 1))
+    if not isinstance(drafting, SequentialHeads):
+        return
+    context = Context([5, 6, 7], 2)
+    drafting.begin(context, None, torch.randn(2, 64))
+    drafting.observe(context, Outcome(DraftTree(), [], 7, hidden=torch.randn(1, 64)))
+    (tree,) = drafting.propose([context], [4])
+    said = next(node for node in range(len(tree)) if tree.parents[node] == 0)
+    missed = next(token for token in range(VOCABULARY) if token not in {tree.tokens[said], *tree.tokens})
+    context.tokens += [tree.tokens[0], missed]
+    drafting.observe(context, Outcome(tree, [0], missed, hidden=torch.randn(1 + len(tree), 64)))
+    drafting.end(context)
+    first, second, third = drafting.costs
+    assert (first.right, first.asked) == (3, 5) and second.asked == 5 and third.asked == 4
+    assert second.pays(0.5, 1.0) and not second.pays(0.5, 1e9)
 
 
 def test_an_interrupted_call_leaves_nothing_behind(made: Made) -> None:

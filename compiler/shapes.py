@@ -29,6 +29,8 @@ class Fakes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        # torch's own cache costs more than it saves where sizes are symbols; equal calls are found in `known`.
+        self.mode.cache_enabled = False
         self.symbols: dict[str, torch.SymInt] = {}
         self.known: dict[Any, Any] = {}
         """Call, by target and types of its operands -> its fake value."""

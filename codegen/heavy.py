@@ -37,10 +37,11 @@ def matmul_kernel(node: fx.Node, views: Views, arrays: Arrays) -> MatmulKernel:
     view = views[node.args[0]]
     if node.target is aten.linear.default:
         weights, biases = [node.args[1]], [node.args[2]] if len(node.args) > 2 and node.args[2] is not None else []
-        ranges, starts = [(0, int(weights[0].meta["val"].shape[0]))], None
+        ranges, starts, columns = [(0, int(weights[0].meta["val"].shape[0]))], None, None
     else:
-        weights, biases, flat, starts = (*node.args[1:], None)[:4]
+        weights, biases, flat, starts, columns = (*node.args[1:], None, None)[:5]
         ranges = list(zip(flat[::2], flat[1::2], strict=True))
+    stored = int(weights[0].meta["val"].shape[1])
     return MatmulKernel(
         (arrays[view.base], arrays[node]),
         (node,),
@@ -48,7 +49,8 @@ def matmul_kernel(node: fx.Node, views: Views, arrays: Arrays) -> MatmulKernel:
         tuple(ranges),
         tuple(bias.target for bias in biases),
         view.offset,
-        int(weights[0].meta["val"].shape[1]),
+        stored if columns is None else columns[1] - columns[0],
+        None if columns is None else (columns[0], stored),
         tuple(int(weight.meta["val"].shape[0]) for weight in weights),
         weights[0].meta["val"].dtype,
         tuple(starts or [0] * len(weights)),

@@ -148,6 +148,8 @@ class MatmulKernel(Kernel):
     """First element of an input row that counts."""
     depth: int = 0
     """Elements of an input: the products' inner dim."""
+    columns: tuple[int, int] | None = None
+    """Which of how many columns of the parameters come first, where they are not all of them: (start, stored)."""
     sizes: tuple[int, ...] = ()
     """Rows of every parameter, whole."""
     weight_dtype: torch.dtype = torch.float32

@@ -215,6 +215,10 @@ def matmul_fits(state: Cut, node: fx.Node) -> bool:
         return False
     if state.forms[x].width != dims[-1] or any(w.meta["val"].dtype != state.forms[x].dtype for w in weights):
         return False
+    columns = node.args[5] if len(node.args) > 5 else None
+    # Panels hold the inputs of 16-bit weights in pairs.
+    if columns is not None and columns[0] % 2:
+        return False
     dense_operand(state, node, x, whole_row=True)
     return True
 

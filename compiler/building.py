@@ -55,6 +55,16 @@ def add_parameters(view: View, name: str, tensors: dict[str, Tensor]) -> None:
     setattr(weights, name, Drafted(tensors))
 
 
+def parameter_node(function: Function, path: str, like: fx.Node, by: str) -> fx.Node:
+    """The parameter at a path as a node at the graph's insertion point, its fake value of the kind of `like`'s."""
+    node = function.graph.get_attr(path)
+    tensor = attribute(function.weights, path)
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    node.meta["origin"] = Origin(path.rpartition(".")[0], "", (by,))
+    return node
+
+
 class Builder:
     """A function on flat rows in the making."""
 

@@ -145,7 +145,18 @@ def check_linear_rows(function: Function, node: fx.Node) -> None:
                 where=place_of(node),
             )
     width, depths = x.meta["val"].shape[-1], [weight.meta["val"].shape[1] for weight in weights]
-    starts = rest[0] if rest and rest[0] is not None else [0] * len(weights)
+    starts, columns = (*rest, None, None)[:2]
+    if columns is not None:
+        first, last = columns
+        if not 0 <= first < last <= min(depths):
+            raise CheckError(
+                "linear_rows names columns that a parameter does not have",
+                expected=f"0 <= start < end <= {min(depths)}",
+                found=f"{first} to {last}",
+                where=place_of(node),
+            )
+        depths = [last - first for _ in depths]
+    starts = [0] * len(weights) if starts is None else starts
     outside = [start for start, depth in zip(starts, depths, strict=False) if not 0 <= start <= width - depth]
     if len(starts) != len(weights) or outside or len(set(depths)) != 1:
         raise CheckError(

@@ -175,11 +175,19 @@ class CostModel:
         if kind == "matmul" or node.target in PRODUCTS:
             inner = self.sizes(node.args[1] if node.target is aten.baddbmm.default else node.args[0])[-1]
             if node.target is graft.linear_rows.default:
-                inner = self.sizes(node.args[1][0])[-1]
+                inner, weights = self.linear_rows(node)
             bias = made if has_bias(node) else ZERO
             return Cost(products=2 * made * inner, elementwise=bias, weights=weights, activations=moved)
         work = made if kind != "reduction" else self.elements(node.args[0])
         return Cost(elementwise=work, weights=weights, activations=moved)
+
+    def linear_rows(self, node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
+        """(inner dim, bytes) of the rows and columns of parameters that are read."""
+        _, parameters, biases, ranges, _, columns = (*node.args, None, None)[:6]
+        inner = self.sizes(parameters[0])[-1] if columns is None else sympy.Integer(columns[1] - columns[0])
+        rows = [end - start for start, end in zip(ranges[::2], ranges[1::2], strict=True)]
+        size = parameters[0].meta["val"].dtype.itemsize
+        return inner, size * (inner * sum(rows) + (sum(rows) if biases else 0))
 
     def attention(self, node: fx.Node) -> Cost:
         """Attention with a KV state, or without one over a dense batch."""

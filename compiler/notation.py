@@ -247,7 +247,8 @@ def write_cast(node: fx.Node, write: Callable[[Any], str]) -> str | None:
 def write_linear_rows(node: fx.Node, write: Callable[[Any], str]) -> str:
     """`linear_rows(x, [q.weight, k.weight[0:32]])`: ranges are shown where they are not the whole parameter."""
     x, weights, biases, ranges, *rest = node.args
-    starts = [f"starts={list(rest[0])}"] if rest and rest[0] is not None else []
+    named = zip(("starts", "columns"), rest, strict=False)
+    more = [f"{name}={list(given)}" for name, given in named if given is not None]
 
     def part(operand: fx.Node, index: int) -> str:
         start, end = ranges[2 * index : 2 * index + 2]
@@ -256,7 +257,7 @@ def write_linear_rows(node: fx.Node, write: Callable[[Any], str]) -> str:
         return write(operand) + ("" if whole else f"[{start}:{end}]")
 
     lists = [[part(operand, index) for index, operand in enumerate(operands)] for operands in (weights, biases)]
-    operands = [write(x), *("[" + ", ".join(parts) + "]" for parts in lists if parts), *starts]
+    operands = [write(x), *("[" + ", ".join(parts) + "]" for parts in lists if parts), *more]
     return f"linear_rows({', '.join(operands)})"
 
 

@@ -137,16 +137,23 @@ def _(
 
 @torch.library.custom_op("graft::linear_rows", mutates_args=())
 def linear_rows(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], ranges: list[int], starts: list[int] | None = None
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    ranges: list[int],
+    starts: list[int] | None = None,
+    columns: list[int] | None = None,
 ) -> Tensor:
     """One linear over an ordered list of (parameter, row range); no new parameter is made.
 
     x [..., in]; weights[i] [out_i, in]; biases is empty or one [out_i] for each; ranges holds start and end row of
-    each weight, flat. With `starts` x holds several inputs side by side, and weights[i] reads the `in` features from
-    starts[i] on. Returns [..., sum of the range lengths], the ranges' outputs side by side.
+    each weight, flat. With `columns`, a start and an end, every weight is those columns of the parameter alone, `in` of
+    them. With `starts` x holds several inputs side by side, and weights[i] reads the `in` features from starts[i] on.
+    Returns [..., sum of the range lengths], the ranges' outputs side by side.
     """
     outs = []
-    for index, weight in enumerate(weights):
+    for index, parameter in enumerate(weights):
+        weight = parameter if columns is None else parameter[:, columns[0] : columns[1]]
         rows = slice(ranges[2 * index], ranges[2 * index + 1])
         part = x if starts is None else x[..., starts[index] : starts[index] + weight.shape[1]]
         outs.append(torch.nn.functional.linear(part, weight[rows], biases[index][rows] if biases else None))
@@ -155,7 +162,12 @@ def linear_rows(
 
 @linear_rows.register_fake
 def _(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], ranges: list[int], starts: list[int] | None = None
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    ranges: list[int],
+    starts: list[int] | None = None,
+    columns: list[int] | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(ranges[1::2]) - sum(ranges[::2]))
 

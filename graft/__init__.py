@@ -45,6 +45,7 @@ from graft.passes.kv_cache import KVCache
 from graft.passes.layer_parallel import LayerParallel
 from graft.passes.medusa_heads import MedusaHeads
 from graft.passes.merge_linears import MergeLinears
+from graft.passes.routed_ffn import RoutedFFN
 from graft.passes.skip_decode import SkipDecode
 from graft.passes.skip_ffn import SkipFFN
 from graft.runtime.controllers import Adaptive, FixedBudget
@@ -105,6 +106,7 @@ __all__ = [
     "PlanError",
     "RecursiveRejection",
     "Recycle",
+    "RoutedFFN",
     "SampleAndMatch",
     "SaveError",
     "SelfDraft",

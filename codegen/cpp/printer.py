@@ -230,11 +230,12 @@ def matmul(kernel: MatmulKernel) -> Printed:
         lines.append(f"    {{step.array<void>(argument[{2 + index}]), {bias}, {place}}},")
         column += end - start
     kind = TYPES[kernel.weight_dtype]
+    columns = "".join(f", {number}" for number in kernel.columns or ())
     lines += [
         "};",
         f"matmul<{kind}, {TYPES[out.dtype]}>(step, part, step.count('{out.rows}'), "
         f"step.array<{kind}>(argument[0]) + {kernel.offset}, {x.width},",
-        f"    {kernel.depth}, step.array<{TYPES[out.dtype]}>(argument[1]), {out.width}, pieces, {count});",
+        f"    {kernel.depth}, step.array<{TYPES[out.dtype]}>(argument[1]), {out.width}, pieces, {count}{columns});",
     ]
     weights = (*(f"weight {name}" for name in kernel.weights), *(f"bias {name}" for name in kernel.biases))
     return Printed("matmul", indented(lines), (x.name, out.name, *weights))

@@ -181,11 +181,14 @@ def multiply(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
     STEPS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    STORED: tl.constexpr,
 ) -> tl.tensor:
     """[block of rows, block of outputs] float32: one part of the products' inner dim, in steps from first to last.
 
-    x [rows, STRIDE] of which the first DEPTH of a row count, weight [.., DEPTH]; `row` and `output` are the numbers of
-    the tile's rows and outputs, those from `rows` and `outputs` on beyond the end. A part is STEPS steps of STEP.
+    x [rows, STRIDE] of which the first DEPTH of a row count, weight [.., STORED] of which the DEPTH from COLUMN on do;
+    `row` and `output` are the numbers of the tile's rows and outputs, those from `rows` and `outputs` on beyond the
+    end. A part is STEPS steps of STEP.
     """
     sums = tl.zeros([row.shape[0], output.shape[0]], tl.float32)
     inner = tl.arange(0, STEP)
@@ -196,7 +199,8 @@ def multiply(
         if DEPTH % STEP:
             real_x, real_w = real_x & (at < DEPTH)[None, :], real_w & (at < DEPTH)[None, :]
         x_tile = tl.load(x + row.to(tl.int64)[:, None] * STRIDE + at[None, :], mask=real_x, other=0.0)
-        w_tile = tl.load(weight + output.to(tl.int64)[:, None] * DEPTH + at[None, :], mask=real_w, other=0.0)
+        place = output.to(tl.int64)[:, None] * STORED + COLUMN + at[None, :]
+        w_tile = tl.load(weight + place, mask=real_w, other=0.0)
         sums += product(x_tile, tl.trans(w_tile))
     return sums
 

@@ -52,6 +52,7 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
     x, out = kernel.arrays
     cut = tiling(kernel.ranges, kernel.depth, kernel.weight_dtype.itemsize)
     count, kind = len(kernel.weights), TYPES[kernel.weight_dtype]
+    column, stored = kernel.columns or (0, kernel.depth)
     tiles = [-(-(end - start) // cut.outputs) for start, end in kernel.ranges]
     firsts = [
         f"(tile - {sum(tiles[:at])}) * {cut.outputs} + {start}" for at, (start, _) in enumerate(kernel.ranges)
@@ -67,7 +68,7 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
         "shift = " + pick([f"tile * 0 + {shift}" for shift in shifts(kernel)], tiles),
         f"output = first + tl.arange(0, {cut.outputs})",
         f"sums = multiply({source}, weight, row, rows, output, last, part, {x.width}, {kernel.depth}, "
-        f"{cut.step}, {cut.steps})",
+        f"{cut.step}, {cut.steps}, {column}, {stored})",
         "real = (row < rows)[:, None] & (output < last)[None, :]",
     ]
     weights = [(f"w{piece}", f"*{kind}", f"weight {name}") for piece, name in enumerate(kernel.weights)]

@@ -161,6 +161,11 @@ def test_linear_rows_is_the_linears_side_by_side(sizes: list[int], with_bias: bo
               for other, weight, pair in zip(others, weights, zip(starts, ends, strict=True), strict=True)]  # fmt: skip
     firsts = [5 * index for index in range(len(sizes))]
     torch.testing.assert_close(linear_rows(wide, weights, [], ranges, firsts), torch.cat(blocks, -1))
+    first = data.draw(st.integers(0, 4))
+    some = [first, data.draw(st.integers(first + 1, 5))]
+    masked = [weight * (torch.arange(5) >= some[0]) * (torch.arange(5) < some[1]) for weight in weights]
+    found = linear_rows(x[..., slice(*some)], weights, biases, ranges, None, some)
+    torch.testing.assert_close(found, linear_rows(x, masked, biases, ranges))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

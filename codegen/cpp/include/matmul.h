@@ -121,10 +121,12 @@ template <class W, class O, int R = BLOCK<computing<W>>, class... Rest> void mul
     multiply_block<W, O, R>(rest...);
 }
 
-// out [rows, out_stride] = x [rows, stride] times the pieces' weights [.., depth], side by side.
+// out [rows, out_stride] = x [rows, stride] times the pieces' weights, side by side; of each weight the `depth` columns
+// from `column` on (an even number) of the `stored` that it has.
 template <class W, class O>
 void matmul(const Step& step, int part, int64_t rows, const W* x, int64_t stride, int64_t depth, O* out, int64_t out_stride,
-            const Piece* pieces, int count) {
+            const Piece* pieces, int count, int64_t column = 0, int64_t stored = 0) {
+    if (stored == 0) stored = depth;
     int64_t panels = 0;
     for (int i = 0; i < count; ++i) panels += pieces[i].count();
     const Share share(panels, part, step.parts);
@@ -135,11 +137,11 @@ void matmul(const Step& step, int part, int64_t rows, const W* x, int64_t stride
         const W* bias = (const W*)piece.bias;
         for (int64_t at = most(share.first, done); at < least(share.last, done + piece.count()); ++at) {
             const int64_t number = piece.first_panel() + at - done, top = number * PANEL;
-            const W* panel = (const W*)piece.panels + number * panel_size<W>(depth);
+            const W* panel = (const W*)piece.panels + number * panel_size<W>(stored) + column * PANEL;
             const int64_t low = most(piece.start - top, int64_t(0)), high = least(piece.end - top, int64_t(PANEL));
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t first = rows * block / blocks, last = rows * (block + 1) / blocks;
-                const char* next = (const char*)(panel + panel_size<W>(depth));
+                const char* next = (const char*)(panel + panel_size<W>(stored));
                 const int64_t step = PANEL * sizeof(W) / blocks;
                 multiply_some<W, O>(last - first, panel, x + first * stride + piece.input, stride, depth,
                                     bias ? bias + top : nullptr,

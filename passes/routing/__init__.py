@@ -1,0 +1,1 @@
+"""Routed feed-forwards: what a folder of routers holds, and a dense feed-forward taken apart."""

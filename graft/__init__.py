@@ -59,7 +59,7 @@ from graft.runtime.drafters.trie import Trie
 from graft.runtime.rejection import KSeq, RecursiveRejection
 from graft.runtime.tree_policies import BestFirst, Chain, ChainUntil, Fixed, StochasticBeam
 from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyTypical, SampleAndMatch
-from graft.training import TrainOptions, train_heads
+from graft.training import RouterOptions, TrainOptions, train_heads, train_routers
 
 __all__ = [
     "DEL",
@@ -107,6 +107,7 @@ __all__ = [
     "RecursiveRejection",
     "Recycle",
     "RoutedFFN",
+    "RouterOptions",
     "SampleAndMatch",
     "SaveError",
     "SelfDraft",
@@ -133,4 +134,5 @@ __all__ = [
     "new_node",
     "search_self_draft",
     "train_heads",
+    "train_routers",
 ]

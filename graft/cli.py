@@ -27,6 +27,7 @@ examples:
   python -m graft inspect model/ --source
   python -m graft run model/ --prompt "The capital of France is" --max-new-tokens 32
   python -m graft train-heads model/ --data prompts.jsonl book.txt --out heads/
+  python -m graft train-routers model/ --data book.txt --out routers/ --top-k 2
   python -m graft passes
 """
 
@@ -90,6 +91,10 @@ def parser() -> argparse.ArgumentParser:
     add_training(train)
     train.set_defaults(command=train_command)
 
+    routers = commands.add_parser("train-routers", help="train routers that run feed-forwards in part")
+    add_routers(routers)
+    routers.set_defaults(command=routers_command)
+
     passes = commands.add_parser("passes", help="list passes, drafters and all else that a plan may name")
     passes.add_argument("--use", action="append", default=[], metavar="FILE", help="a Python file that defines more")
     passes.add_argument("--json", action="store_true", help="print JSON")
@@ -125,6 +130,49 @@ def add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored (default)")
     command.add_argument("--device", help="where the model runs and heads are trained; a GPU where there is one")
     command.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_routers(command: argparse.ArgumentParser) -> None:
+    """Options of `train-routers`; those of `RouterOptions` have its defaults."""
+    command.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="for the routers")
+    what = 'text, or ".jsonl" with a "prompt" or "turns" in each line'
+    command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=what)
+    command.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a text (%(default)s)")
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument("--top-k", type=int, metavar="N", help="blocks that a token runs (2)")
+    choice.add_argument("--prefixes", metavar="N,N", help="numbers of first blocks to choose from")
+    command.add_argument("--layers", metavar="N,N", help="feed-forwards, counted from 0; all, where left out")
+    for name, kind in (("blocks", int), ("share", float), ("epochs", int), ("rate", float), ("seed", int)):
+        command.add_argument(f"--{name}", type=kind, metavar="N", help="see graft.RouterOptions")
+    command.add_argument("--gguf", metavar="FILE", help="a GGUF file in MODEL")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored (default)")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def routers_command(arguments: argparse.Namespace) -> None:
+    """`train-routers`: train, and print the figures."""
+    from graft.compiler.errors import PlanError
+    from graft.training import RouterOptions, train_routers
+    from graft.training.features import pieces, read_texts
+
+    names = ("blocks", "share", "epochs", "rate", "seed", "top_k")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for name in ("prefixes", "layers"):
+        if (text := getattr(arguments, name)) is not None:
+            try:
+                given[name] = tuple(int(word) for word in text.split(","))
+            except ValueError as error:
+                raise PlanError(f"--{name} takes numbers", expected="such as 0,1,4", found=text) from error
+    if "prefixes" in given:
+        given["top_k"] = None
+    with Progress(quiet=arguments.quiet) as progress:
+        progress(f"loading {arguments.model}")
+        texts = read_texts(arguments.data, load("AutoTokenizer", arguments))
+        model = load("AutoModelForCausalLM", arguments, dtype=arguments.dtype).eval()
+        cut = [one for text in (*texts.documents, *texts.prompts) for one in pieces(text, arguments.length)]
+        figures = train_routers(model, cut, arguments.out, RouterOptions(**given), progress=progress)
+    print(json.dumps(figures, indent=2))
 
 
 def train_command(arguments: argparse.Namespace) -> None:

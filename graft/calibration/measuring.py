@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, fx
 
 from graft.codegen.executable import Executable
 from graft.codegen.lowering import lower
 from graft.compiler.capture import capture, check_model
 from graft.compiler.errors import LoweringError, PlanError
-from graft.compiler.evaluate import Sequences
+from graft.compiler.evaluate import Sequences, logits_of
 from graft.compiler.passing import Pass, View
 from graft.compiler.pipeline import run_passes
 from graft.compiler.program import DENSE, Function, Program, StepSeconds
@@ -76,6 +76,23 @@ def predicted(
             where=f"function {function.name}",
         )
     return executable.prediction
+
+
+def shown(function: Function, nodes: Sequence[fx.Node], sequences: Sequences) -> tuple[list[Tensor], list[Tensor]]:
+    """The function's logits, and the values of some of its nodes [batch, length, ...] at the tokens of the texts, as
+    [tokens, ...] for each. The function is changed."""
+    output = function.output
+    output.args = ((*output.args[0], *nodes),)
+    module, held = fx.GraphModule(function.weights, function.graph), list[Tensor]()
+
+    def run(tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = module(tokens, positions)
+        held.extend(results[-len(nodes) :])
+        return results
+
+    logits = logits_of(function, sequences, run)
+    lengths = [len(tokens) for tokens in sequences]
+    return logits, [torch.cat([one[row, :length] for row, length in enumerate(lengths)]).cpu() for one in held]
 
 
 def next_token_loss(logits: Sequence[Tensor], sequences: Sequences) -> float:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor, fx
+from torch import Tensor
 
-from graft.calibration.measuring import Progress, changed, given, next_token_loss, table_text, tidy
+from graft.calibration.measuring import Progress, changed, given, next_token_loss, shown, table_text, tidy
 from graft.calibration.stored import fingerprint, read, write
 from graft.compiler.canonical import aten
 from graft.compiler.errors import PlanError
@@ -143,23 +143,6 @@ def run_skipping(function: Function, sequences: Sequences) -> tuple[list[Tensor]
     masks = [term.args[1] for term in terms if term.target is aten.masked_fill.Scalar]
     logits, skips = shown(function, masks, sequences)
     return logits, sum(int(one.sum()) for one in skips)
-
-
-def shown(function: Function, nodes: Sequence[fx.Node], sequences: Sequences) -> tuple[list[Tensor], list[Tensor]]:
-    """The function's logits, and the values of some of its nodes [batch, length, ...] at the tokens of the texts, as
-    [tokens, ...] for each. The function is changed."""
-    output = function.output
-    output.args = ((*output.args[0], *nodes),)
-    module, held = fx.GraphModule(function.weights, function.graph), list[Tensor]()
-
-    def run(tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = module(tokens, positions)
-        held.extend(results[-len(nodes) :])
-        return results
-
-    logits = logits_of(function, sequences, run)
-    lengths = [len(tokens) for tokens in sequences]
-    return logits, [torch.cat([one[row, :length] for row, length in enumerate(lengths)]).cpu() for one in held]
 
 
 def places(sequences: Sequences) -> Tensor:

@@ -1,6 +1,7 @@
-"""Training draft heads: the target's text and its distributions, hidden states stored once, a loop that resumes."""
+"""Training: draft heads on the target's text, hidden states and distributions; routers of feed-forwards."""
 
 from graft.training.options import TrainOptions
+from graft.training.routers import RouterOptions, train_routers
 from graft.training.run import train_heads
 
-__all__ = ["TrainOptions", "train_heads"]
+__all__ = ["RouterOptions", "TrainOptions", "train_heads", "train_routers"]

@@ -1,7 +1,10 @@
-"""Every rope type of every family, on positions beyond the length up to which it is unscaled."""
+"""Every rope type of every family, on positions beyond the length up to which it is unscaled: rewritten per token where
+it grows, and captured for every code of a rotary embedding."""
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from transformers import PreTrainedModel
 
 from graft.compiler.capture import capture
 from graft.compiler.errors import CaptureError
-from graft.compiler.rope import GROWING
+from graft.compiler.rope import GROWING, per_token_rope, rope_kinds
 from tests.compiler.programs import Decoder, dense_logits, dense_program, flat_program
 from tests.families import (
     CAPTURED,
@@ -32,6 +35,11 @@ CASES = [
     if (name, kind) not in REFUSED_ROPES and kind != "default"
 ]
 """The default rope is in every test of the family."""
+CODES = ("llama", "cohere", "deepseek_v2", "ernie4_5", "gemma3_text", "gpt_oss", "olmo", "olmo3")
+"""A family for every code of a rotary embedding that there is; most families have llama's, letter for letter."""
+CAPTURES = [(name, kind) for name, kind in CASES if name in CODES and (name == CODES[0] or kind in GROWING)]
+"""A capture depends on the code of the rope and, with the types that grow, on their form per token; the types that do
+not grow are other numbers in the same code."""
 
 
 def shallow(name: str, kind: str) -> PreTrainedModel:
@@ -61,8 +69,27 @@ def one_by_one(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return torch.cat(logits, dim=1)
 
 
+def rotations(model: PreTrainedModel) -> set[str]:
+    """The code of the model's rotary embeddings, without what transformers wraps around it."""
+    return {inspect.getsource(inspect.unwrap(type(one).forward)) for one in model.modules() if rope_kinds(one)}
+
+
+@cache
+def captured_rotations() -> set[str]:
+    return set().union(*(rotations(build(name)) for name in CODES))
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_rope_rotates_as_transformers_does_when_it_decodes(name: str, kind: str) -> None:
+    model, tokens = shallow(name, kind), prompt()
+    with torch.no_grad(), per_token_rope(model):
+        found = model(input_ids=tokens, use_cache=False).logits
+    assert (found - one_by_one(model, tokens)).abs().max() <= 1e-5
+    assert rotations(model) <= captured_rotations()
+
+
+@pytest.mark.parametrize(("name", "kind"), CAPTURES)
+def test_a_captured_rope_rotates_as_transformers_does_when_it_decodes(name: str, kind: str) -> None:
     model, tokens = shallow(name, kind), prompt()
     captured = capture(model)
     with torch.no_grad():

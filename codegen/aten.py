@@ -19,10 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from graft.codegen.guards import guarded_nodes
 from graft.codegen.skips import SkipCount
-from graft.compiler.canonical import MATMULS, graft
+from graft.compiler.canonical import ATTENTION, MATMULS, graft
 from graft.compiler.cost import CostModel
 from graft.compiler.errors import LoweringError
-from graft.compiler.nodes import call_nodes
+from graft.compiler.nodes import call_nodes, named_arguments
 from graft.compiler.ops import NO_PARENT, softmax_attention
 from graft.compiler.program import FLAT, Function, KernelRecord
 from graft.compiler.shapes import attribute
@@ -210,17 +210,22 @@ def in_place(function: Function, shown: Sequence[str] = ()) -> fx.Graph:
     returns the nodes of these names."""
     graph = copy.deepcopy(function.graph)
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    touching = call_nodes(graph, [graft.kv_append.default, graft.kv_attend.default])
-    if touching:
+    touching = call_nodes(graph, [graft.kv_append.default, *ATTENTION - {graft.attention.default}])
+    layouts: dict[fx.Node, fx.Node] = {}
+    for lengths in dict.fromkeys(named_arguments(node)["lengths"] for node in touching):
         with graph.inserting_after(list(inputs.values())[-1]):
-            rows = tuple(inputs[name] for name in ("sequences", "positions", "parents", "lengths"))
-            layout = graph.call_function(Layout, rows)
+            rows = (*(inputs[name] for name in ("sequences", "positions", "parents")), lengths)
+            layouts[lengths] = graph.call_function(Layout, rows)
     for node in touching:
         state, buffer = node.args[0], state_input(node)
+        layout = layouts[named_arguments(node)["lengths"]]
         with graph.inserting_before(node):
             if node.target is graft.kv_append.default:
                 _, k, v, _, _, layer = node.args
                 graph.call_function(append, (layout, buffer, k, v, layer))
+            elif node.target is graft.kv_attend_pages.default:
+                # Its reference meaning decodes every page at every step: right, and no more than that.
+                node.replace_all_uses_with(graph.call_function(node.target, (buffer, *node.args[1:])))
             else:
                 _, q, _, _, _, _, *rest = node.args
                 out = graph.call_function(attend, (layout, buffer, q, *rest))

@@ -9,7 +9,7 @@ from torch import fx
 from graft.codegen.kernel_ir import AppendKernel, Array, AttendKernel, GatherKernel, Heads, MatmulKernel
 from graft.codegen.row_form import ROW, View, regroup
 from graft.compiler.canonical import aten
-from graft.compiler.ops import kv_attend
+from graft.compiler.nodes import named_arguments
 
 Views = dict[fx.Node, View]
 Arrays = dict[fx.Node, Array]
@@ -82,8 +82,7 @@ def append_kernel(node: fx.Node, views: Views, arrays: Arrays, states: list[str]
 
 def attend_kernel(node: fx.Node, views: Views, arrays: Arrays, states: list[str]) -> AttendKernel:
     """graft::kv_attend."""
-    names = [argument.name for argument in kv_attend._opoverload._schema.arguments]
-    given = {"window": 0, "softcap": 0.0, "sinks": None, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = named_arguments(node)
     queries, kv = views[given["q"]], given["kv"].meta["val"]
     sinks = given["sinks"]
     return AttendKernel(

@@ -77,7 +77,7 @@ class Builder:
         self.function = Function(name, fx.Graph(), view.function.weights, inputs, tuple(states))
         values, self.fakes = self.function.fake_inputs()
         self.values: dict[str, Value] = {}
-        for spec in (*inputs, *(state.input for state in states)):
+        for spec in self.function.signature:
             node = self.function.graph.placeholder(spec.name)
             node.meta["val"] = values[spec.name]
             self.values[spec.name] = Value(node, view.by)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from graft.compiler import ops  # noqa: F401  (defines torch.ops.graft)
+from graft.compiler.kv import attention  # noqa: F401  (defines graft::kv_attend_pages)
 from graft.compiler.nodes import PYTHON_ARITHMETIC
 
 aten = torch.ops.aten
@@ -97,7 +98,7 @@ MATMULS = frozenset({aten.linear.default, graft.linear_rows.default})
 MASKS: dict[Any, int] = {aten.where.self: 0, aten.masked_fill.Scalar: 1}
 """Operators that choose -> which argument says what."""
 
-ATTENTION = frozenset({graft.attention.default, graft.kv_attend.default})
+ATTENTION = frozenset({graft.attention.default, graft.kv_attend.default, graft.kv_attend_pages.default})
 STATE_WRITES = frozenset({graft.kv_append.default})
 GATHERS = frozenset({aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default})
 SIZES = frozenset({aten.sym_size.int}) | PYTHON_ARITHMETIC

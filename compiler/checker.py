@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from graft.compiler.canonical import ATTENTION, NOT_CANONICAL, STATE_WRITES, graft, is_functional
 from graft.compiler.errors import CheckError
-from graft.compiler.nodes import place_of
+from graft.compiler.nodes import named_arguments, place_of
 from graft.compiler.program import Function, KVState, Program
 from graft.compiler.shapes import Values, attribute, derive, same_type
 from graft.compiler.token_rule import Sizes, mixes_tokens
@@ -79,7 +79,7 @@ def check_graph(function: Function) -> None:
 
 def check_signature(function: Function) -> None:
     """The placeholders are the inputs and the states, in order; every parameter that is named exists."""
-    expected = [spec.name for spec in (*function.inputs, *(state.input for state in function.states))]
+    expected = [spec.name for spec in function.signature]
     found = [node.name for node in function.graph.nodes if node.op == "placeholder"]
     if expected != found:
         raise CheckError(
@@ -227,13 +227,13 @@ def check_state(function: Function, state: KVState, values: Values) -> None:
                 raise state_error(state, "is touched by another operator", "kv_append or kv_attend", reader)
             if writers and reader > writers[0]:
                 raise state_error(state, "is read after it is written again", f"a read of {writers[0]}", reader)
-            check_access(function, state, reader, 6)
-            if reader.args[6] not in written:
+            check_access(function, state, reader)
+            if named_arguments(reader)["layer"] not in written:
                 raise state_error(state, "is read where nothing is written", f"a layer of {sorted(written)}", reader)
         if not writers:
             break
         current = writers[0]
-        check_access(function, state, current, 5)
+        check_access(function, state, current)
         check_rows(state, current, values)
         if current.args[5] in written:
             raise state_error(state, "has a layer that is written twice", "one write of each layer", current)
@@ -242,24 +242,27 @@ def check_state(function: Function, state: KVState, values: Values) -> None:
         raise state_error(state, "is returned before its last write", str(current), returned)
 
 
-def check_access(function: Function, state: KVState, node: fx.Node, layer: int) -> None:
+def check_access(function: Function, state: KVState, node: fx.Node) -> None:
     """The layer exists, and the rows are described by the function's own inputs."""
-    if not isinstance(node.args[layer], int) or not 0 <= node.args[layer] < state.layers:
+    given = named_arguments(node)
+    if not isinstance(given["layer"], int) or not 0 <= given["layer"] < state.layers:
         raise state_error(state, "has no such layer", f"0 to {state.layers - 1}", node)
-    expected = ["sequences", "lengths"] if layer == 5 else ["sequences", "positions", "parents", "lengths"]
-    found = list(node.args[3:5] if layer == 5 else node.args[2:6])
-    if found != [function.placeholder(name) for name in expected]:
+    reads_pages = node.target is graft.kv_attend_pages.default
+    if node.target in ATTENTION and reads_pages != (state.pages is not None):
+        raise state_error(state, "is read as what it is not", "pages" if state.pages else "one tensor", node)
+    own = {spec.name.removeprefix(f"{state.name}_"): spec.name for spec in state.far_inputs}
+    known = {"sequences": "sequences", "positions": "positions", "parents": "parents", "lengths": "lengths"} | own
+    expected = {name: function.placeholder(full) for name, full in known.items() if name in given}
+    if any(given[name] is not node for name, node in expected.items()):
         raise state_error(state, "is used with rows of another call", f"inputs {', '.join(expected)}", node)
 
 
 def check_rows(state: KVState, node: fx.Node, values: Values) -> None:
     """What is written has the state's heads and widths."""
     key, value = (values[argument].shape for argument in node.args[1:3])
-    found = (key[1], value[1], key[3], value[3])
-    if found != (state.heads, state.heads, state.key_dim, state.value_dim):
-        raise state_error(
-            state, "is written with other sizes", f"{state.heads} heads of {state.key_dim} + {state.value_dim}", node
-        )
+    found, behind = (key[1], value[1], key[3], value[3]), state.value_dim + state.query_dim
+    if found != (state.heads, state.heads, state.key_dim, behind):
+        raise state_error(state, "is written with other sizes", f"{state.heads} heads of {state.key_dim} + {behind}", node)
 
 
 def state_error(state: KVState, problem: str, expected: str, node: fx.Node) -> CheckError:

@@ -23,6 +23,9 @@ import sympy
 from torch import Tensor, fx
 
 from graft.compiler.canonical import ATTENTION, aten, graft, node_class
+from graft.compiler.kv.attention import codec_of, selection_of
+from graft.compiler.kv.codecs import PAGE
+from graft.compiler.nodes import named_arguments
 from graft.compiler.notation import Notation, size_symbol
 from graft.compiler.program import Function
 from graft.compiler.shapes import attribute
@@ -196,9 +199,12 @@ class CostModel:
             work = 2 * query[0] * query[1] * query[2] * key[2] * (key[3] + value[3])
             return Cost(products=work, activations=self.bytes([node, *node.args[:3]]))
         state, query, value = (self.sizes(operand) for operand in (*node.args[:2], node))
-        window = node.args[8] if len(node.args) > 8 else node.kwargs.get("window", 0)
+        given = named_arguments(node)
+        window = given.get("window", 0)
         context = sympy.Min(CONTEXT, window) if window else CONTEXT
-        row = state[2] * state[4] * node.args[0].meta["val"].dtype.itemsize
+        row = state[2] * (query[3] + value[3]) * node.args[0].meta["val"].dtype.itemsize
+        if node.target is graft.kv_attend_pages.default:
+            row = state[2] * far_bytes(given, int(query[3]), int(value[3]))
         return Cost(
             products=2 * query[2] * query[1] * context * (query[3] + value[3]),
             kv=SEQUENCES * context * row,
@@ -241,6 +247,18 @@ def has_bias(node: fx.Node) -> bool:
     if node.target is aten.baddbmm.default:
         return True
     return len(node.args) > 2 and bool(node.args[2]) and node.target not in PRODUCTS
+
+
+def far_bytes(given: dict[str, Any], key_dim: int, value_dim: int) -> sympy.Expr:
+    """Bytes that attention over pages reads of one far token and kv head: its share of what is chosen, and its label."""
+    dtype, codec = given["kv"].meta["val"].dtype, codec_of(given["codec"])
+    entry = codec.page_bytes(key_dim, value_dim, dtype) if not codec.in_place else 0
+    entry = entry or PAGE * (key_dim + value_dim) * dtype.itemsize
+    selection = selection_of(given["selection"]) if given["selection"] else None
+    if selection is None or given["layer"] < selection.dense_layers:
+        return sympy.Rational(entry, PAGE)
+    label = selection.label_bytes(key_dim, dtype)
+    return sympy.nsimplify(selection.ratio) * sympy.Rational(entry, PAGE) + sympy.Rational(label, PAGE)
 
 
 def tensors(value: Any) -> list[Tensor]:

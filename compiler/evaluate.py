@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graft.compiler.ops import NO_PARENT
-from graft.compiler.program import Function
+from graft.compiler.program import Function, Input
 
 Sequences = tuple[tuple[int, ...], ...]
 """Token ids of sequences of any lengths, none empty."""
@@ -60,11 +60,8 @@ def flat_logits(function: Function, module: Callable[..., Any], sequences: Seque
     device = function.device
     slots = list(reversed(range(len(sequences))))
     capacity = max(map(len, sequences)) + 1
-    states = [
-        torch.zeros(state.layers, len(slots), state.heads, capacity, state.key_dim + state.value_dim, dtype=state.dtype)
-        for state in function.states
-    ]
-    states = [state.to(device) for state in states]
+    sizes = {"S": len(slots), "C": capacity, "G": 1, "P": 1}
+    states = [zeros(state.input, sizes, device) for state in function.states]
     lengths = [0] * len(slots)
     found: list[list[Tensor]] = [[] for _ in sequences]
     for first in (True, False):
@@ -86,10 +83,22 @@ def flat_logits(function: Function, module: Callable[..., Any], sequences: Seque
         tokens, positions, owners, parents, committed, results = (
             torch.tensor(column, dtype=torch.int64, device=device) for column in columns
         )
-        logits, _, *states = module(tokens, positions, owners, parents, committed, results, *states)
+        # Nothing is far: the tail has all of a text.
+        far = [
+            committed if spec.name == f"{state.name}_lengths" else zeros(spec, sizes, device)
+            for state in function.states
+            for spec in state.far_inputs
+        ]
+        logits, _, *states = module(tokens, positions, owners, parents, committed, results, *states, *far)
         for (index, _), row in zip(wanted, logits, strict=True):
             found[index].append(wide(row))
     return [torch.stack(rows) for rows in found]
+
+
+def zeros(spec: Input, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+    """An input full of zeros."""
+    shape = [sizes[size] if isinstance(size, str) else size for size in spec.sizes]
+    return torch.zeros(shape, dtype=spec.dtype, device=device)
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -94,6 +94,13 @@ def call_nodes(graph: fx.Graph, targets: Iterable[Callable]) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target in wanted]
 
 
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by the names in its operator's schema, defaults filled in."""
+    known = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in known if argument.has_default_value()}
+    return given | dict(zip((argument.name for argument in known), node.args, strict=False)) | dict(node.kwargs)
+
+
 class Value:
     """A node as passes handle it: arithmetic on it makes nodes, right behind the operands."""
 

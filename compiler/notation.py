@@ -80,7 +80,7 @@ def bytes_text(count: float) -> str:
 
 def size_names(function: Function) -> dict[sympy.Symbol, sympy.Symbol]:
     """The symbols behind the function's dynamic sizes -> symbols named as in its signature."""
-    inputs = {spec.name: spec for spec in (*function.inputs, *(state.input for state in function.states))}
+    inputs = {spec.name: spec for spec in function.signature}
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     for node in function.graph.nodes:
         value = node.meta.get("val")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graft.compiler.errors import GraftError
+from graft.compiler.kv.codecs import PAGE
+from graft.compiler.kv.layout import Pages
 from graft.compiler.shapes import Fakes, derive, storage_bytes
 
 if TYPE_CHECKING:
@@ -31,9 +33,11 @@ class Input:
 
 @dataclass(frozen=True)
 class KVState:
-    """A KV cache: one tensor [layers, slots, kv heads, capacity, key dim + value dim] in the model's dtype.
+    """A KV cache: one tensor [layers, slots, kv heads, capacity, width] in the model's dtype, a token's key, value and
+    perhaps the queries of the kv head's group side by side.
 
-    Attention nodes that share kv heads and dims share one state; `layers` counts those nodes, in graph order.
+    Attention nodes that share kv heads and dims share one state; `layers` counts those nodes, in graph order. With
+    `pages` the tensor holds the tail of each text; what lies in front of it is read from `far_inputs`.
     """
 
     name: str
@@ -42,17 +46,68 @@ class KVState:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    query_dim: int = 0
+    """Numbers of the queries that are kept with a token, of all query heads of the group; 0 where none are."""
+    pages: Pages | None = None
+    """How tokens are kept that are no longer in the tail; None where all of them are."""
+
+    @property
+    def width(self) -> int:
+        """Numbers that the tensor holds of a token and kv head."""
+        return self.key_dim + self.value_dim + self.query_dim
 
     @property
     def input(self) -> Input:
-        """The state as a function's input."""
-        return Input(self.name, (self.layers, "S", self.heads, "C", self.key_dim + self.value_dim), self.dtype)
+        """The state as a function's input, which it also returns."""
+        return Input(self.name, (self.layers, "S", self.heads, "C", self.width), self.dtype)
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token of one sequence takes in this state."""
-        return self.layers * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+    def far_inputs(self) -> tuple[Input, ...]:
+        """What a function only reads of a state with pages: tail tokens of each slot and the first of them that counts
+        as such, pages, the number of each page, entries in pages, and with a selection labels and their channels."""
+        if self.pages is None:
+            return ()
+        selection, per_head = self.pages.selection, (self.layers, "S", self.heads)
+        found = [
+            Input(f"{self.name}_lengths", ("S",), torch.int64),
+            Input(f"{self.name}_starts", ("S",), torch.int64),
+            Input(f"{self.name}_pages", ("G", self.page_bytes), torch.uint8),
+            Input(f"{self.name}_table", (*per_head, "P"), torch.int32),
+            Input(f"{self.name}_counts", per_head, torch.int32),
+        ]
+        if selection is not None:
+            found.append(Input(f"{self.name}_labels", ("G", self.label_bytes), torch.uint8))
+            found.append(Input(f"{self.name}_channels", (*per_head, selection.width(self.key_dim)), torch.int64))
+        return tuple(found)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: 64 entries of one layer and kv head."""
+        return self.pages.codec.page_bytes(self.key_dim, self.value_dim, self.dtype) if self.pages else 0
+
+    @property
+    def label_bytes(self) -> int:
+        """Bytes of a page's labels."""
+        selection = self.pages.selection if self.pages else None
+        return selection.label_bytes(self.key_dim, self.dtype) if selection else 0
+
+    @property
+    def tail_bytes_per_token(self) -> int:
+        """Bytes that a token of one sequence takes in the tensor."""
+        return self.layers * self.heads * self.width * self.dtype.itemsize
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that one token of one sequence takes in this state, once it is far where that makes a difference."""
+        if self.pages is None:
+            return self.tail_bytes_per_token
+        stays = self.tail_bytes_per_token if self.pages.codec.in_place else 0
+        page = self.layers * self.heads * (self.page_bytes + self.label_bytes + PAGE_NUMBER) / PAGE
+        return stays + page * (self.pages.eviction.ratio if self.pages.eviction else 1)
+
+
+PAGE_NUMBER = 4
+"""Bytes of a page's number in the table."""
 
 DENSE = (Input("tokens", ("B", "L"), torch.int64), Input("positions", ("B", "L"), torch.int64))
 """Inputs as captured: a dense batch of whole sequences. Outputs: logits [B, L, vocabulary], hidden [B, L, width]."""
@@ -139,6 +194,12 @@ class Function:
         return self.inputs[len(FLAT) :]
 
     @property
+    def signature(self) -> tuple[Input, ...]:
+        """Everything it is called with, in order: inputs, states, and what it only reads of states with pages."""
+        far = (spec for state in self.states for spec in state.far_inputs)
+        return (*self.inputs, *(state.input for state in self.states), *far)
+
+    @property
     def kernels(self) -> tuple[KernelRecord, ...]:
         """What it was lowered to, in order; empty before that, and where ATen runs all of it."""
         return self.lowered.kernels if self.lowered else ()
@@ -173,8 +234,7 @@ class Function:
         fakes = self.fakes
         if fakes is None or not fakes.intact or fakes.device != self.device:
             self.fakes = fakes = Fakes(self.device)
-        specs = (*self.inputs, *(state.input for state in self.states))
-        return {spec.name: fakes.tensor(spec.sizes, spec.dtype) for spec in specs}, fakes
+        return {spec.name: fakes.tensor(spec.sizes, spec.dtype) for spec in self.signature}, fakes
 
     def derive(self) -> None:
         """Derive every node's fake value afresh from the signature."""

@@ -22,6 +22,9 @@ from typing import Any
 
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import PlanError
+from graft.compiler.kv.codecs import Codec
+from graft.compiler.kv.eviction import Eviction
+from graft.compiler.kv.selection import Selection
 from graft.compiler.passing import Pass, spec_name
 
 BASES: dict[type, str] = {
@@ -30,6 +33,9 @@ BASES: dict[type, str] = {
     TreePolicy: "tree policy",
     Verifier: "verifier",
     Controller: "controller",
+    Codec: "codec",
+    Eviction: "eviction policy",
+    Selection: "selection",
 }
 """Each kind of component -> what messages call it."""
 

@@ -8,7 +8,6 @@ nothing of it is used.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from graft.compiler.checker import check, derived_values
 from graft.compiler.errors import CheckError, GraftError, SaveError
 from graft.compiler.host import PRIMITIVES, Call, Host, If, Statement, While
+from graft.compiler.kv.layout import Pages
 from graft.compiler.program import Function, Input, KVState, PassRecord, Program
 from graft.compiler.serial_graph import graph_data, graph_from, take, texts
+from graft.compiler.spec import parse_arguments, show_arguments
 from graft.compiler.shapes import EXAMPLE_SIZES, attribute
 
 NUMBERS = ("layers", "heads", "key_dim", "value_dim")
@@ -139,10 +140,17 @@ def function_data(function: Function) -> dict[str, Any]:
     return {
         "name": function.name,
         "inputs": [{"name": i.name, "sizes": list(i.sizes), "dtype": dtype_name(i.dtype)} for i in function.inputs],
-        "states": [dataclasses.asdict(s) | {"dtype": dtype_name(s.dtype)} for s in function.states],
+        "states": [state_data(state) for state in function.states],
         "draft_vocabulary": function.draft_vocabulary,
         "nodes": graph_data(function.graph),
     }
+
+
+def state_data(state: KVState) -> dict[str, Any]:
+    """One KV state."""
+    numbers = {key: getattr(state, key) for key in (*NUMBERS, "query_dim")}
+    pages = show_arguments(state.pages) if state.pages else None
+    return {"name": state.name, **numbers, "dtype": dtype_name(state.dtype), "pages": pages}
 
 
 @contextlib.contextmanager
@@ -208,7 +216,9 @@ def state_from(data: Any, where: str) -> KVState:
     if min(numbers.values()) < 1:
         raise SaveError("a KV state has sizes that there are not", expected="at least 1", found=numbers, where=where)
     dtype = dtype_from(take(data, "dtype", str, where), where)
-    return KVState(take(data, "name", str, where), **numbers, dtype=dtype)
+    numbers["query_dim"], pages = take(data, "query_dim", int, where), data.get("pages")
+    layout = parse_arguments(pages, Pages) if isinstance(pages, str) else None
+    return KVState(take(data, "name", str, where), **numbers, dtype=dtype, pages=layout)
 
 
 def record_from(data: Any) -> PassRecord:

@@ -18,9 +18,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from graft.compiler.errors import CheckError
 from graft.compiler.nodes import evaluate, place_of
 
-EXAMPLE_SIZES = {"B": 3, "L": 7, "N": 11, "S": 5, "R": 9, "C": 13}
+EXAMPLE_SIZES = {"B": 3, "L": 7, "N": 11, "S": 5, "R": 9, "C": 13, "G": 17, "P": 4}
 """Concrete sizes behind the symbols, all different so that a mix-up shows: batch, length, rows, slots, wanted rows,
-capacity."""
+capacity, pages of all, pages of one kv head."""
 
 
 class Fakes:

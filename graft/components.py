@@ -1,4 +1,5 @@
-"""What a plan may name: passes, drafters, tree policies, verifiers and controllers, with their options."""
+"""What a plan may name, with the options: passes, drafters, tree policies, verifiers, controllers, and
+how a KV cache is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from rich.table import Table
 from graft.compiler import registry, spec
 from graft.compiler.passing import Pass, spec_name
 
-HOMES = ("graft.passes", "graft.runtime")
+HOMES = ("graft.compiler.kv", "graft.passes", "graft.runtime")
 """Packages in which graft's own components live."""
 
 WIDTH = 120

@@ -262,7 +262,8 @@ def check_rows(state: KVState, node: fx.Node, values: Values) -> None:
     key, value = (values[argument].shape for argument in node.args[1:3])
     found, behind = (key[1], value[1], key[3], value[3]), state.value_dim + state.query_dim
     if found != (state.heads, state.heads, state.key_dim, behind):
-        raise state_error(state, "is written with other sizes", f"{state.heads} heads of {state.key_dim} + {behind}", node)
+        sizes = f"{state.heads} heads of {state.key_dim} + {behind}"
+        raise state_error(state, "is written with other sizes", sizes, node)
 
 
 def state_error(state: KVState, problem: str, expected: str, node: fx.Node) -> CheckError:

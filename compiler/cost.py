@@ -250,7 +250,7 @@ def has_bias(node: fx.Node) -> bool:
 
 
 def far_bytes(given: dict[str, Any], key_dim: int, value_dim: int) -> sympy.Expr:
-    """Bytes that attention over pages reads of one far token and kv head: its share of what is chosen, and its label."""
+    """Bytes that attention over pages reads of a far token and kv head: its share of what is chosen, and its label."""
     dtype, codec = given["kv"].meta["val"].dtype, codec_of(given["codec"])
     entry = codec.page_bytes(key_dim, value_dim, dtype) if not codec.in_place else 0
     entry = entry or PAGE * (key_dim + value_dim) * dtype.itemsize

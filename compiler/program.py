@@ -48,6 +48,8 @@ class KVState:
     dtype: torch.dtype
     query_dim: int = 0
     """Numbers of the queries that are kept with a token, of all query heads of the group; 0 where none are."""
+    scale: float = 0.0
+    """What attention multiplies scores with, where queries are kept."""
     pages: Pages | None = None
     """How tokens are kept that are no longer in the tail; None where all of them are."""
 

@@ -8,6 +8,7 @@ nothing of it is used.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -20,8 +21,8 @@ from graft.compiler.host import PRIMITIVES, Call, Host, If, Statement, While
 from graft.compiler.kv.layout import Pages
 from graft.compiler.program import Function, Input, KVState, PassRecord, Program
 from graft.compiler.serial_graph import graph_data, graph_from, take, texts
-from graft.compiler.spec import parse_arguments, show_arguments
 from graft.compiler.shapes import EXAMPLE_SIZES, attribute
+from graft.compiler.spec import parse_arguments, show_arguments
 
 NUMBERS = ("layers", "heads", "key_dim", "value_dim")
 """Fields of a KV state that are numbers."""
@@ -150,7 +151,7 @@ def state_data(state: KVState) -> dict[str, Any]:
     """One KV state."""
     numbers = {key: getattr(state, key) for key in (*NUMBERS, "query_dim")}
     pages = show_arguments(state.pages) if state.pages else None
-    return {"name": state.name, **numbers, "dtype": dtype_name(state.dtype), "pages": pages}
+    return {"name": state.name, **numbers, "dtype": dtype_name(state.dtype), "scale": state.scale, "pages": pages}
 
 
 @contextlib.contextmanager
@@ -217,8 +218,9 @@ def state_from(data: Any, where: str) -> KVState:
         raise SaveError("a KV state has sizes that there are not", expected="at least 1", found=numbers, where=where)
     dtype = dtype_from(take(data, "dtype", str, where), where)
     numbers["query_dim"], pages = take(data, "query_dim", int, where), data.get("pages")
+    scale = take(data, "scale", float, where)
     layout = parse_arguments(pages, Pages) if isinstance(pages, str) else None
-    return KVState(take(data, "name", str, where), **numbers, dtype=dtype, pages=layout)
+    return KVState(take(data, "name", str, where), **numbers, dtype=dtype, scale=scale, pages=layout)
 
 
 def record_from(data: Any) -> PassRecord:

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from graft.compiler import ops  # noqa: F401  (defines torch.ops.graft)
-from graft.compiler.kv import attention  # noqa: F401  (defines graft::kv_attend_pages)
 from graft.compiler.errors import SaveError
+from graft.compiler.kv import attention  # noqa: F401  (defines graft::kv_attend_pages)
 from graft.compiler.nodes import PYTHON_ARITHMETIC, Origin, place_of, stored_node
 
 OPS = ("placeholder", "get_attr", "call_function", "output")

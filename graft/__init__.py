@@ -28,6 +28,19 @@ from graft.compiler.errors import (
     SaveError,
     StateError,
 )
+from graft.compiler.kv.codecs import Affine, Codec, Content, DensePages, InPlace, KeyChannels
+from graft.compiler.kv.eviction import (
+    H2O,
+    TOVA,
+    Cached,
+    Eviction,
+    KeyDifference,
+    KeyNorm,
+    RandomEviction,
+    SnapKV,
+    StreamingLLM,
+)
+from graft.compiler.kv.selection import DoubleSparsity, PageBounds, PageMeans, Selection
 from graft.compiler.nodes import Value, new_node
 from graft.compiler.passing import Pass, View, approximate, exact, lossless
 from graft.compiler.pipeline import PassWarning
@@ -36,6 +49,7 @@ from graft.compiling import compile
 from graft.loading import load
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
+from graft.passes.compress_kv import CompressKV
 from graft.passes.confidence_exit import ConfidenceExit
 from graft.passes.dead_code import DeadCode
 from graft.passes.drop_block import DropBlock
@@ -63,24 +77,34 @@ from graft.training import RouterOptions, TrainOptions, train_heads, train_route
 
 __all__ = [
     "DEL",
+    "H2O",
+    "TOVA",
     "Adaptive",
+    "Affine",
     "BestFirst",
+    "Cached",
     "Canonicalise",
     "CaptureError",
     "Chain",
     "ChainUntil",
     "CheckError",
     "CheckpointError",
+    "Codec",
     "CommonSubexpression",
     "CompiledModel",
+    "CompressKV",
     "ConfidenceExit",
+    "Content",
     "Controller",
     "DeadCode",
+    "DensePages",
+    "DoubleSparsity",
     "DraftModel",
     "Drafter",
     "DropBlock",
     "DropCalibration",
     "EarlyExit",
+    "Eviction",
     "Fixed",
     "FixedBudget",
     "GenerationError",
@@ -88,9 +112,13 @@ __all__ = [
     "GreedyWalk",
     "Heads",
     "HydraHeads",
+    "InPlace",
     "KSeq",
     "KVCache",
     "Kangaroo",
+    "KeyChannels",
+    "KeyDifference",
+    "KeyNorm",
     "LayerParallel",
     "LayerSkip",
     "Leviathan",
@@ -99,23 +127,29 @@ __all__ = [
     "LoweringError",
     "MedusaHeads",
     "MergeLinears",
+    "PageBounds",
+    "PageMeans",
     "Pass",
     "PassError",
     "PassWarning",
     "Plan",
     "PlanError",
+    "RandomEviction",
     "RecursiveRejection",
     "Recycle",
     "RoutedFFN",
     "RouterOptions",
     "SampleAndMatch",
     "SaveError",
+    "Selection",
     "SelfDraft",
     "SkipCalibration",
     "SkipDecode",
     "SkipFFN",
+    "SnapKV",
     "StateError",
     "StochasticBeam",
+    "StreamingLLM",
     "TrainOptions",
     "Tree",
     "TreePolicy",

@@ -21,7 +21,7 @@ from torch import fx
 
 from graft.compiler.canonical import ATTENTION, aten, graft
 from graft.compiler.errors import PassError
-from graft.compiler.kv.codecs import Codec, InPlace
+from graft.compiler.kv.codecs import IN_PLACE, Codec
 from graft.compiler.kv.eviction import Eviction
 from graft.compiler.kv.layout import Pages
 from graft.compiler.kv.selection import Selection
@@ -41,7 +41,7 @@ class CompressKV(Pass):
     it never does.
     """
 
-    codec: Codec = InPlace()
+    codec: Codec = IN_PLACE
     """How far tokens are stored; in place: not at all, for a selection among them."""
     eviction: Eviction | None = None
     """Which of them are given up."""
@@ -111,7 +111,8 @@ def paged(function: Function, state: KVState, pages: Pages) -> KVState:
         return replace(state, pages=pages)
     attend = next(node for node in accesses(function, state) if node.target in ATTENTION)
     heads = int(attend.args[1].meta["val"].shape[1])
-    return replace(state, pages=pages, query_dim=heads // state.heads * state.key_dim)
+    scale = float(named_arguments(attend)["scale"])
+    return replace(state, pages=pages, query_dim=heads // state.heads * state.key_dim, scale=scale)
 
 
 def rewrite(function: Function, state: KVState, view: View) -> None:
@@ -143,7 +144,7 @@ def rewrite(function: Function, state: KVState, view: View) -> None:
 
 
 def beside(graph: fx.Graph, v: fx.Node, q: fx.Node, heads: int) -> fx.Node:
-    """Values [1, kv heads, N, value dim] and behind each the queries of its kv head's group, from q [1, heads, N, d]."""
+    """Values [1, kv heads, N, value dim], behind each the queries of its group, which q [1, heads, N, d] has."""
     value = q.meta["val"]
     group = int(value.shape[1]) // heads
     sizes = [1, heads, group, -1, int(value.shape[3])]

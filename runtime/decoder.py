@@ -86,9 +86,14 @@ class Decoder:
         self.hidden: Tensor | None = None
         """[rows, width]: the second result of the latest call, of a target the final hidden states of every row."""
 
-    def open(self) -> int:
-        """A free slot for a new sequence."""
-        return self.store.open()
+    def open(self, prompt: int = 0) -> int:
+        """A free slot for a new sequence, whose prompt has so many tokens if that is known."""
+        return self.store.open(prompt)
+
+    def room(self, slot: int) -> int | None:
+        """How many positions rows may take behind the slot's committed tokens in one call; None where any number."""
+        trigger = self.store.trigger(slot)
+        return None if trigger is None else trigger - self.length(slot)
 
     def close(self, slot: int) -> None:
         """Give the slot back; its tokens are forgotten. Closing twice is an error."""
@@ -110,7 +115,9 @@ class Decoder:
             with torch.inference_mode():
                 columns = [rows.tokens, rows.positions, rows.slots, rows.parents, self.store.lengths, rows.wanted]
                 inputs = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
-                logits, hidden = self.executable(*inputs, *own, *self.store.select(self.function.states))
+                states = self.function.states
+                far = self.store.far_inputs(states)
+                logits, hidden = self.executable(*inputs, *own, *self.store.select(states), *far)
         except BaseException:
             for slot in set(rows.slots):
                 self.store.rollback(slot)

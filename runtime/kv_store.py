@@ -10,7 +10,7 @@ A draft function that shares the target's KV runs on a `KVOverlay`: the same ten
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graft.compiler.errors import StateError
 from graft.compiler.program import KVState
+from graft.runtime.kv_pages import FarTokens
 
 FIRST_CAPACITY = 256
 """Tokens per slot at first; capacity doubles when a slot needs more."""
@@ -30,38 +31,66 @@ class KVStore:
     def __init__(self, states: Sequence[KVState], device: torch.device) -> None:
         self.states, self.device = tuple(states), device
         self.tensors = [self.allocate(state, 0, FIRST_CAPACITY) for state in self.states]
+        self.far = {state.name: FarTokens(state, device) for state in self.states if state.pages is not None}
+        """Of states with pages."""
         self.lengths: list[int] = []
         """Committed tokens, by slot."""
         self.pending: list[int] = []
         """Uncommitted rows, by slot."""
         self.free: list[int] = []
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each slot has room for at present."""
-        return self.tensors[0].shape[3] if self.tensors else 0
+        self.prompts: dict[int, int] = {}
+        """Slot -> tokens of its prompt, where that was said."""
+        self.layout = next((state.pages for state in self.states if state.pages is not None), None)
+        for state in self.states:
+            # One cut a slot: compress-kv gives all states that it changes one layout.
+            assert state.pages in (None, self.layout), "states of one program have pages of one layout"
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, used or not."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(self.bytes.values())
 
-    def open(self) -> int:
-        """A free slot; the store grows where there is none."""
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes allocated, used or not, by what they are for: "dense" ones, and those of pages."""
+        found = Counter(dense=sum(tensor.nbytes for tensor in self.tensors))
+        for one in self.far.values():
+            found.update(one.bytes)
+        return dict(found)
+
+    def open(self, prompt: int = 0) -> int:
+        """A free slot; the store grows where there is none. `prompt`: so many tokens will be the text's prompt."""
         if not self.free:
             slots = max(1, 2 * len(self.lengths))
-            self.resize(slots, self.capacity)
+            self.resize(slots, [tensor.shape[3] for tensor in self.tensors])
+            for one in self.far.values():
+                one.resize(slots)
             self.free = list(range(slots - 1, len(self.lengths) - 1, -1))
             self.pending += [0] * (slots - len(self.lengths))
             self.lengths += [0] * (slots - len(self.lengths))
-        return self.free.pop()
+        slot = self.free.pop()
+        self.prompts[slot] = prompt
+        return slot
 
     def close(self, slot: int) -> None:
         """Give a slot back."""
         if slot in self.free or not 0 <= slot < len(self.lengths):
             raise StateError("the slot is not open", found=slot)
         self.lengths[slot] = self.pending[slot] = 0
+        for one in self.far.values():
+            one.forget(slot)
+        self.prompts.pop(slot, None)
         self.free.append(slot)
+
+    def trigger(self, slot: int) -> int | None:
+        """The length at which the slot's cut moves next; until then all rows see what is far alike, so none may stand
+        at that position or behind it. None where nothing is ever far."""
+        return self.layout.trigger(self.lengths[slot], self.prompts.get(slot, 0)) if self.layout else None
+
+    def base(self, state: KVState, slot: int) -> int:
+        """The position of the first token that the slot has in the state's tensor."""
+        moves = state.pages is not None and not state.pages.codec.in_place
+        return self.far[state.name].cuts[slot] if moves else 0
 
     def append(self, slots: Sequence[int]) -> None:
         """Make room for one more row of each slot named, as often as it is named, and mark the rows uncommitted.
@@ -76,20 +105,69 @@ class KVStore:
                     where=f"slot {slot}",
                     remedy="commit or roll back before the next call",
                 )
-        need = max(self.lengths[slot] + count for slot, count in counts.items())
-        self.reserve(need)
+        self.reserve({slot: self.lengths[slot] + count for slot, count in counts.items()})
+        for slot, count in counts.items():
+            trigger = self.trigger(slot)
+            if trigger is not None and self.lengths[slot] + count >= trigger:
+                for one in self.far.values():
+                    one.reserve(slot, trigger)
         for slot, count in counts.items():
             self.pending[slot] = count
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens in each slot. Raises StateError if memory runs out; then nothing has changed."""
-        if tokens > self.capacity:
-            self.resize(len(self.lengths), max(2 * self.capacity, tokens))
+    def reserve(self, lengths: Mapping[int, int]) -> None:
+        """Make room for so many tokens, by slot. Raises StateError if memory runs out; then nothing has changed."""
+        held = [tensor.shape[3] for tensor in self.tensors]
+        need = [max(length - self.base(state, slot) for slot, length in lengths.items()) for state in self.states]
+        if any(more > there for more, there in zip(need, held, strict=True)):
+            grown = [max(2 * there, more) if more > there else there for more, there in zip(need, held, strict=True)]
+            self.resize(len(self.lengths), grown)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
-        """Keep the uncommitted rows at these places, in this order, behind the committed tokens; drop the others."""
-        gather_path(self.tensors, slot, self.lengths[slot], self.pending[slot], path)
-        self.lengths[slot], self.pending[slot] = self.lengths[slot] + len(path), 0
+        """Keep the uncommitted rows at these places, in this order, behind the committed tokens; drop the others.
+
+        Where that is a length at which the cut moves, tokens go over into pages.
+        """
+        length, trigger = self.lengths[slot] + len(path), self.trigger(slot)
+        if trigger is not None and length > trigger:
+            raise StateError(
+                "a commit goes beyond the position at which the cut moves",
+                expected=f"{trigger} tokens at most",
+                found=f"{length} tokens",
+                where=f"slot {slot}",
+                remedy="let rows end in front of KVStore.trigger(slot)",
+            )
+        gather_path(self.tails(self.states, slot), self.lengths[slot], self.pending[slot], path, slot)
+        self.lengths[slot], self.pending[slot] = length, 0
+        if length == trigger:
+            self.move_cut(slot)
+
+    def tails(self, states: Sequence[KVState], slot: int) -> list[tuple[Tensor, int]]:
+        """For each state what the slot has [layers, kv heads, capacity, width], and the position of the first place."""
+        known = {state.name: tensor for state, tensor in zip(self.states, self.tensors, strict=True)}
+        return [(known[state.name][:, slot], self.base(state, slot)) for state in states]
+
+    def move_cut(self, slot: int) -> None:
+        """Let what is far of the slot go over into pages, and the tail begin behind it."""
+        length = self.lengths[slot]
+        for state, (tail, base) in zip(self.states, self.tails(self.states, slot), strict=True):
+            if state.pages is not None:
+                self.far[state.name].advance(slot, tail[:, :, : length - base], base, length)
+                gone = self.base(state, slot) - base
+                if gone:
+                    tail[:, :, : length - base - gone] = tail[:, :, gone : length - base].clone()
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Give back what a long prompt took in tensors that hold tails, where most of it is not needed any more."""
+        held = [tensor.shape[3] for tensor in self.tensors]
+        need = [
+            max([FIRST_CAPACITY, *(2 * (length - self.base(state, slot)) for slot, length in enumerate(self.lengths))])
+            if state.pages is not None and not state.pages.codec.in_place
+            else there
+            for state, there in zip(self.states, held, strict=True)
+        ]
+        if any(2 * less < there for less, there in zip(need, held, strict=True)):
+            self.resize(len(self.lengths), [min(less, there) for less, there in zip(need, held, strict=True)])
 
     def rollback(self, slot: int) -> None:
         """Drop the slot's uncommitted rows."""
@@ -100,7 +178,7 @@ class KVStore:
 
         Raises StateError where there are fewer.
         """
-        check_length(slot, length, 0, self.lengths[slot])
+        check_length(slot, length, max([0, *(one.cuts[slot] for one in self.far.values())]), self.lengths[slot])
         self.lengths[slot], self.pending[slot] = length, 0
 
     def select(self, states: Sequence[KVState]) -> list[Tensor]:
@@ -108,24 +186,39 @@ class KVStore:
         names = [state.name for state in self.states]
         return [self.tensors[names.index(state.name)] for state in states]
 
-    def resize(self, slots: int, capacity: int) -> None:
+    def far_inputs(self, states: Sequence[KVState], lengths: Sequence[int] | None = None) -> list[Tensor]:
+        """What functions read of these states besides their tensors (KVState.far_inputs), texts having these lengths;
+        the committed ones where none are given."""
+        found: list[Tensor] = []
+        for state in states:
+            if state.pages is not None:
+                one, bases = self.far[state.name], [self.base(state, slot) for slot in range(len(self.lengths))]
+                held = [length - base for length, base in zip(lengths or self.lengths, bases, strict=True)]
+                starts = [cut - base for cut, base in zip(one.cuts, bases, strict=True)]
+                found += [torch.tensor(column, dtype=torch.int64, device=self.device) for column in (held, starts)]
+                found += one.inputs()
+        return found
+
+    def resize(self, slots: int, capacities: Sequence[int]) -> None:
         """Reallocate, keeping what is stored; the old tensors stay in place if memory runs out."""
+        sizes = list(zip(self.states, capacities, strict=True))
         try:
-            grown = [self.allocate(state, slots, capacity) for state in self.states]
+            grown = [self.allocate(state, slots, capacity) for state, capacity in sizes]
         except (RuntimeError, MemoryError) as error:
             raise StateError(
                 "no memory for the KV cache",
-                expected=f"{sum(s.bytes_per_token for s in self.states) * slots * capacity} bytes",
+                expected=f"{sum(state.tail_bytes_per_token * slots * capacity for state, capacity in sizes)} bytes",
                 found=str(error).splitlines()[0],
                 remedy="fewer sequences at once, or a shorter context",
             ) from error
         for new, old in zip(grown, self.tensors, strict=True):
-            new[:, : old.shape[1], :, : old.shape[3]] = old
+            most = min(new.shape[3], old.shape[3])
+            new[:, : old.shape[1], :, :most] = old[:, :, :, :most]
         self.tensors = grown
 
     def allocate(self, state: KVState, slots: int, capacity: int) -> Tensor:
         """Zeros, so that what was never written can be read without harm."""
-        shape = (state.layers, slots, state.heads, capacity, state.key_dim + state.value_dim)
+        shape = (state.layers, slots, state.heads, capacity, state.width)
         return torch.zeros(shape, dtype=state.dtype, device=self.device)
 
 
@@ -182,9 +275,13 @@ class KVOverlay:
         """It holds no bytes of its own."""
         return 0
 
-    def open(self) -> int:
+    def open(self, prompt: int = 0) -> int:
         """Slots are the store's."""
         raise StateError("an overlay opens no slots", remedy="use the slots of the store below")
+
+    def trigger(self, slot: int) -> int | None:
+        """Drafts may go beyond the position at which the store's cut moves; what is kept here never gets there."""
+        return None
 
     def close(self, slot: int) -> None:
         """Forget what was kept of the slot, which stays the store's."""
@@ -201,7 +298,7 @@ class KVOverlay:
                     where=f"slot {slot} of {'the overlay' if self.pending.get(slot) else 'the store below'}",
                     remedy="commit or roll back before the next call",
                 )
-        self.store.reserve(max(self.length(slot) + count for slot, count in counts.items()))
+        self.store.reserve({slot: self.length(slot) + count for slot, count in counts.items()})
         self.pending.update(counts)
 
     def length(self, slot: int) -> int:
@@ -210,7 +307,8 @@ class KVOverlay:
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """As `KVStore.commit`, here alone."""
-        gather_path(self.select(self.states), slot, self.length(slot), self.pending.get(slot, 0), path)
+        tails = self.store.tails(self.states, slot)
+        gather_path(tails, self.length(slot), self.pending.get(slot, 0), path, slot)
         self.grown[slot] = self.grown.get(slot, 0) + len(path)
         self.pending.pop(slot, None)
 
@@ -228,9 +326,16 @@ class KVOverlay:
         """See `KVStore.select`."""
         return self.store.select(states)
 
+    def far_inputs(self, states: Sequence[KVState]) -> list[Tensor]:
+        """See `KVStore.far_inputs`."""
+        return self.store.far_inputs(states, self.lengths)
 
-def gather_path(tensors: Sequence[Tensor], slot: int, length: int, count: int, path: Sequence[int]) -> None:
-    """Move the rows at these places of the `count` behind `length` to the front of them, in order."""
+
+def gather_path(
+    tails: Sequence[tuple[Tensor, int]], length: int, count: int, path: Sequence[int], slot: int
+) -> None:
+    """Move the rows at these places of the `count` behind `length` tokens to the front of them, in order; `tails` as in
+    `KVStore.tails`."""
     outside = any(not 0 <= place < count for place in path)
     if outside or any(second <= first for first, second in pairwise(path)):
         raise StateError(
@@ -241,8 +346,8 @@ def gather_path(tensors: Sequence[Tensor], slot: int, length: int, count: int, p
         )
     stay = next((index for index, place in enumerate(path) if place != index), len(path))
     if stay < len(path):
-        for tensor in tensors:
-            gather(tensor[:, slot, :, length:], path[stay:], stay)
+        for tail, base in tails:
+            gather(tail[:, :, length - base :], path[stay:], stay)
 
 
 def check_length(slot: int, length: int, least: int, most: int) -> None:

@@ -76,7 +76,7 @@ class Run:
         try:
             for row, prompt in enumerate(settings.prompts):
                 sampling = Sampling(row, len(prompt), settings.processors[row], settings.sample, settings.seeds[row])
-                slot = self.decoder.open()
+                slot = self.decoder.open(len(prompt))
                 context = Context(list(prompt), len(prompt), {SAMPLING: sampling, SLOT: slot})
                 limit = len(prompt) + settings.new_tokens
                 # The last token is never run, so a text may be one token longer than the positions.
@@ -124,6 +124,8 @@ def draft(run: Run) -> dict[int, DraftTree]:
     for request in run.live:
         # A tree never gets deeper than it has nodes, so no drafted token can stand behind the last one.
         room = request.limit - len(request.context.tokens) - 1
+        ahead = None if request.in_prompt else run.decoder.room(request.slot)
+        room = room if ahead is None else min(room, ahead - 1)
         budget = 0 if request.in_prompt or room <= 0 else min(control.budget(request.context), room)
         if budget > 0:
             requests.append(request)
@@ -161,7 +163,8 @@ def lay_out(run: Run, trees: dict[int, DraftTree] | None = None) -> Rows:
     for request in run.live:
         tokens, first, before = request.context.tokens, len(rows.wanted), len(rows)
         if request.in_prompt:
-            chunk = tokens[request.fed : request.fed + left]
+            ahead = run.decoder.room(request.slot)
+            chunk = tokens[request.fed : request.fed + (left if ahead is None else min(left, ahead))]
             if not chunk:
                 continue
             rows.add_chain(request.slot, chunk, request.fed, want_all=run.observes_prompt)

@@ -60,9 +60,8 @@ def kv_attend_pages(
         seen = torch.arange(keys.shape[1], device=q.device) < counts[layer, slot][:, None]
         seen = seen[:, None, :].expand(-1, len(rows), -1)
         if selection and labels is not None and channels is not None:
-            chosen = selected(
-                queries, labels, table[layer, slot], counts[layer, slot], channels[layer, slot], layer, selection, kv.dtype
-            )
+            stored = (labels, table[layer, slot], counts[layer, slot], channels[layer, slot])
+            chosen = selected(queries, *stored, layer, selection, kv.dtype)
             seen = seen & chosen[..., : keys.shape[1]]
         both = torch.cat([seen, visible.expand(heads, -1, -1)], dim=-1)
         result = softmax_attention(

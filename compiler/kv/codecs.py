@@ -35,6 +35,7 @@ class Content:
     queries: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class Codec(ABC):
     """How a page is stored. Subclass it, make the subclass a frozen dataclass, and plans can name it."""
 
@@ -86,6 +87,9 @@ class InPlace(Codec):
         raise NotImplementedError("entries in place are read from the tail")
 
 
+IN_PLACE = InPlace()
+
+
 @dataclass(frozen=True)
 class DensePages(Codec):
     """As they are, a token's key and value side by side: what eviction keeps."""
@@ -106,6 +110,9 @@ class DensePages(Codec):
         """See `Codec.decode`."""
         rows = pages.contiguous().view(dtype).unflatten(-1, (PAGE, key_dim + value_dim)).to(wide(dtype))
         return rows[..., :key_dim], rows[..., key_dim:]
+
+
+DENSE = DensePages()
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,8 @@ class Affine(Codec):
     def sections(self, key_dim: int, value_dim: int) -> tuple[int, ...]:
         """Bytes of codes of keys, codes of values, and of one of the two numbers of every group of each."""
         keys, values = PAGE * rounded(key_dim, 2), PAGE * rounded(value_dim, TILE)
-        scales = PAGE // self.key_group * key_dim if self.key_axis == "channel" else PAGE * parts(key_dim, self.key_group)
+        by_channel = self.key_axis == "channel"
+        scales = PAGE // self.key_group * key_dim if by_channel else PAGE * parts(key_dim, self.key_group)
         key_scales, value_scales = 2 * scales, 2 * PAGE * parts(value_dim, self.value_group)
         return keys * self.key_bits // 8, values * self.value_bits // 8, *[key_scales] * 2, *[value_scales] * 2
 
@@ -214,7 +222,7 @@ class KeyChannels(Codec):
 
     keep: float = 0.5
     """Share of the channels that stay."""
-    inner: Codec = DensePages()
+    inner: Codec = DENSE
 
     reads_queries: ClassVar[bool] = True
     loader: ClassVar[str] = "KeyChannels"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graft.compiler.errors import PlanError
-from graft.compiler.kv.codecs import PAGE, Codec, InPlace
+from graft.compiler.kv.codecs import IN_PLACE, PAGE, Codec
 from graft.compiler.kv.eviction import Eviction
 from graft.compiler.kv.selection import Selection
 
@@ -20,7 +20,7 @@ from graft.compiler.kv.selection import Selection
 class Pages:
     """What happens to tokens that are far, and when they are."""
 
-    codec: Codec = InPlace()
+    codec: Codec = IN_PLACE
     eviction: Eviction | None = None
     selection: Selection | None = None
     recent: int = 64
@@ -42,6 +42,12 @@ class Pages:
                 "what stays in place cannot be evicted",
                 found=f"{type(self.codec).__name__} with {type(self.eviction).__name__}",
                 remedy="codec=DensePages(), or one that makes pages smaller",
+            )
+        if self.eviction is not None and self.eviction.heads == "adaptive" and not self.codec.exact:
+            raise PlanError(
+                "heads that keep different numbers of tokens need pages that entries can be moved between",
+                expected="codec=DensePages(), or heads=same",
+                found=f"{type(self.codec).__name__} with heads=adaptive",
             )
         if self.codec.in_place and self.selection is None:
             raise PlanError(

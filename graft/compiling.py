@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -17,8 +18,10 @@ from graft.compiler.passing import Pass
 from graft.compiler.pipeline import run_passes
 from graft.compiler.plan import Plan
 from graft.compiler.program import DENSE, Function, KVState, Program
+from graft.passes.add_draft import AddDraft
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.common_subexpression import CommonSubexpression
+from graft.passes.compress_kv import CompressKV
 from graft.passes.dead_code import DeadCode
 from graft.passes.kv_cache import KVCache
 from graft.passes.merge_linears import MergeLinears
@@ -111,7 +114,10 @@ def assembled(program: Program, plan: Plan, decoder: Decoder, face: ModelFace) -
 def pipeline(plan: Plan) -> list[Pass]:
     """The passes of a plan, in the order they are asked for; declared facts may move the user's own. A drafter's that
     work on functions without a cache stand where there is one."""
-    drafting = draft_passes(plan)
+    layout = tuple(one for one in plan.target if isinstance(one, CompressKV))
+    drafting = [
+        dataclasses.replace(one, layout=layout) if isinstance(one, AddDraft) else one for one in draft_passes(plan)
+    ]
     early = [one for one in drafting if "cache-free" in one.requires]
     return [
         Canonicalise(),

@@ -38,9 +38,11 @@ class AddDraft(Pass):
     """
 
     changes: tuple[Pass, ...] = ()
-    """What to change, in order; passes for functions without a cache."""
+    """What to change, in order; passes for functions without a cache, then those for functions with one."""
     function: str = "self_draft"
     """The new function's name."""
+    layout: tuple[Pass, ...] = ()
+    """What the target's KV state is changed by behind this pass, for which the draft has to read it likewise."""
 
     contract: ClassVar[Contract] = lossless
     requires: ClassVar[frozenset[str]] = FACTS
@@ -50,21 +52,27 @@ class AddDraft(Pass):
         draft = target.copy()
         draft.name = self.function
         view.add(draft)
-        for one in ordered(self.changes, FACTS):
-            before = [node.format_node() for node in draft.graph.nodes]
-            inner = View(view.program, one.pass_name(), (self.function,))
-            one.run(inner)
-            if before == [node.format_node() for node in draft.graph.nodes]:
-                raise PassError(
-                    f"{show(one)} changes nothing in the draft",
-                    found=inner.misses[0] if inner.misses else "the same nodes",
-                    remedy="leave it out, or give it something to do",
-                )
-            view.note(f"{self.function}: {show(one)}")
+        for one in ordered([one for one in self.changes if one.requires <= FACTS], FACTS):
+            self.change(draft, one, view)
         aimed = View(view.program, view.by, (self.function,))
         flatten(draft, shared_layouts(draft, target), aimed)
-        for one in (MergeLinears(), DeadCode()):
+        for one in [one for one in self.changes if not one.requires <= FACTS]:
+            self.change(draft, one, view)
+        for one in (*self.layout, MergeLinears(), DeadCode()):
             one.run(aimed)
+
+    def change(self, draft: Function, one: Pass, view: View) -> None:
+        """Run one of the changes. Raises PassError where it changes nothing."""
+        before = [node.format_node() for node in draft.graph.nodes]
+        inner = View(view.program, one.pass_name(), (self.function,))
+        one.run(inner)
+        if before == [node.format_node() for node in draft.graph.nodes]:
+            raise PassError(
+                f"{show(one)} changes nothing in the draft",
+                found=inner.misses[0] if inner.misses else "the same nodes",
+                remedy="leave it out, or give it something to do",
+            )
+        view.note(f"{self.function}: {show(one)}")
 
 
 def shared_layouts(draft: Function, target: Function) -> list[Layout]:
@@ -106,11 +114,11 @@ def layout_error(node: fx.Node, found: str) -> PassError:
 
 def check_changes(changes: tuple[Pass, ...], where: str) -> None:
     """Raise PlanError for passes that cannot be aimed at a draft: without a function that they change, or on rows."""
-    wrong = [one for one in changes if one.contract == "lossless" or not one.requires <= FACTS]
+    wrong = [one for one in changes if one.contract == "lossless" or not one.requires <= FACTS | {"kv-cache"}]
     if wrong or not changes:
         raise PlanError(
-            "a draft is made by passes that change a function without a cache",
-            expected="one approximate pass or several, which require no more than " + ", ".join(sorted(FACTS)),
+            "a draft is made by passes that change a function",
+            expected="one approximate pass or several, which require no more than canonical and cache-free or kv-cache",
             found=", ".join(map(show, wrong)) or "none",
             where=where,
         )

@@ -139,12 +139,12 @@ class FarTokens:
         if cut <= self.cuts[slot]:
             return
         self.reserve(slot, length)
+        tail, base = tail[:, :, self.cuts[slot] - base :], self.cuts[slot]
         eviction = self.layout.eviction
         if self.layout.selection and self.layout.selection.calibrates and not self.cuts[slot]:
             self.calibrate(slot, tail)
         if eviction is None or (eviction.once and self.cuts[slot]):
-            moved = tail[:, :, self.cuts[slot] - base : cut - base]
-            self.add(slot, moved, self.latest_queries(tail))
+            self.add(slot, tail[:, :, : cut - base], self.latest_queries(tail))
         else:
             self.evict(slot, tail, base, length, cut)
         self.cuts[slot] = cut

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -38,6 +39,8 @@ class KVStore:
         self.pending: list[int] = []
         """Uncommitted rows, by slot."""
         self.free: list[int] = []
+        self.opened: Counter[int] = Counter()
+        """Slot -> how often it was given to a sequence."""
         self.prompts: dict[int, int] = {}
         """Slot -> tokens of its prompt, where that was said."""
         self.layout = next((state.pages for state in self.states if state.pages is not None), None)
@@ -70,6 +73,7 @@ class KVStore:
             self.lengths += [0] * (slots - len(self.lengths))
         slot = self.free.pop()
         self.prompts[slot] = prompt
+        self.opened[slot] += 1
         return slot
 
     def close(self, slot: int) -> None:
@@ -253,7 +257,7 @@ class KVOverlay:
         """
         held = {state.name: state for state in store.states}
         for state in states:
-            if held.get(state.name) != state:
+            if held.get(state.name) not in (state, replace(state, pages=None)):
                 raise StateError(
                     "a draft function shares a KV state that the target does not have in that layout",
                     expected=held.get(state.name) or f"one of {', '.join(held) or 'no states'}",
@@ -264,6 +268,10 @@ class KVOverlay:
         self.grown: dict[int, int] = {}
         """Slot -> rows kept behind the store's committed tokens."""
         self.pending: dict[int, int] = {}
+        self.far = {state.name: FarTokens(state, self.device) for state in states if held[state.name] != state}
+        """Pages of the draft's own, where it reads compressed what the target reads as it is."""
+        self.opened: dict[int, int] = {}
+        """Slot -> which of its sequences those pages are of (KVStore.opened)."""
 
     @property
     def lengths(self) -> list[int]:
@@ -272,8 +280,8 @@ class KVOverlay:
 
     @property
     def nbytes(self) -> int:
-        """It holds no bytes of its own."""
-        return 0
+        """Bytes of its own: pages alone."""
+        return sum(sum(one.bytes.values()) for one in self.far.values())
 
     def open(self, prompt: int = 0) -> int:
         """Slots are the store's."""
@@ -299,7 +307,21 @@ class KVOverlay:
                     remedy="commit or roll back before the next call",
                 )
         self.store.reserve({slot: self.length(slot) + count for slot, count in counts.items()})
+        for slot in counts:
+            self.catch_up(slot)
         self.pending.update(counts)
+
+    def catch_up(self, slot: int) -> None:
+        """Bring pages of the draft's own up to what the store has committed by now; the tail stays the store's."""
+        for name, one in self.far.items():
+            if len(one.cuts) < len(self.store.lengths):
+                one.resize(len(self.store.lengths))
+            if self.opened.get(slot) != self.store.opened[slot]:
+                one.forget(slot)
+            trigger = self.store.lengths[slot] // one.layout.every * one.layout.every
+            ((tail, _),) = self.store.tails([state for state in self.states if state.name == name], slot)
+            one.advance(slot, tail[:, :, :trigger], 0, trigger)
+        self.opened[slot] = self.store.opened[slot]
 
     def length(self, slot: int) -> int:
         """Tokens of the slot that count for the draft function."""
@@ -328,7 +350,15 @@ class KVOverlay:
 
     def far_inputs(self, states: Sequence[KVState]) -> list[Tensor]:
         """See `KVStore.far_inputs`."""
-        return self.store.far_inputs(states, self.lengths)
+        found: list[Tensor] = []
+        for state in states:
+            one = self.far.get(state.name)
+            if one is None:
+                found += self.store.far_inputs([state], self.lengths)
+            else:
+                found += [torch.tensor(column, dtype=torch.int64) for column in (self.lengths, one.cuts)]
+                found += one.inputs()
+        return [tensor.to(self.device) for tensor in found]
 
 
 def gather_path(

@@ -2,13 +2,12 @@
 
 before:
     kv_1 = kv_append(kv, k, v, sequences, lengths, 0)
-    o = kv_attend(kv_1, q, sequences, positions, parents, lengths, 0, 0.5)
+    o = kv_attend(kv_1, q, sequences, positions, parents, lengths, 0, 0.25)
     return o, kv_1
 after (compress-kv{codec=affine}):
     kv_1 = kv_append(kv, k, v, sequences, kv_lengths, 0)
-    far = (kv_pages, kv_table, kv_counts)
-    o = kv_attend_pages(kv_1, q, sequences, parents, kv_lengths, kv_starts, *far, None, None, 0, 4, 0.5, 0.0, None,
-                        "affine", "")
+    o = kv_attend_pages(kv_1, q, sequences, parents, kv_lengths, kv_starts, kv_pages, kv_table, kv_counts, None, None,
+                        0, 16, 0.25, 0.0, None, "affine", "")
     return o, kv_1
 """
 
@@ -145,9 +144,7 @@ def rewrite(function: Function, state: KVState, view: View) -> None:
 
 def beside(graph: fx.Graph, v: fx.Node, q: fx.Node, heads: int) -> fx.Node:
     """Values [1, kv heads, N, value dim], behind each the queries of its group, which q [1, heads, N, d] has."""
-    value = q.meta["val"]
-    group = int(value.shape[1]) // heads
-    sizes = [1, heads, group, -1, int(value.shape[3])]
-    split = untyped_node(graph, aten.reshape.default, (q, sizes), like=q)
-    each = [untyped_node(graph, aten.select.int, (split, 2, index), like=q) for index in range(group)]
+    queries = int(q.meta["val"].shape[1])
+    group = queries // heads
+    each = [untyped_node(graph, aten.slice.Tensor, (q, 1, index, queries, group), like=q) for index in range(group)]
     return untyped_node(graph, aten.cat.default, ([v, *each], -1), like=v)

@@ -125,6 +125,11 @@ def expression(value: Any) -> str:
     return f"[{', '.join(map(expression, value))}]" if isinstance(value, (list, tuple)) else repr(value)
 
 
+def first_call(function: Function, name: str) -> fx.Node:
+    """The first call of one of graft's operators."""
+    return next(node for node in function.graph.nodes if f"graft.{name}." in str(node.target))
+
+
 def outputs(function: Function) -> list[str]:
     """The function's outputs as expressions."""
     return [expression(node) for node in function.output.args[0]]

@@ -15,7 +15,7 @@ from graft.compiler.evaluate import logits_of
 from graft.compiler.program import DENSE, Function
 from graft.passes import kv_cache
 from graft.passes.kv_cache import KVCache
-from tests.passes.listings import Sheet, listings, transform
+from tests.passes.listings import Sheet, first_call, listings, transform
 from tests.programs import TIDY, program_of
 
 SEQUENCES = ((5, 6, 7, 8, 9, 10, 11, 12), (20, 21, 22))
@@ -45,11 +45,6 @@ def test_the_docstring_shows_what_it_does() -> None:
         found = [names.get(value, value.name) if isinstance(value, fx.Node) else value for value in node.args]
         assert [constants.get(value, value) for value in shown] == found[: len(shown)]
     assert function.output.args[0][-1].target is append.target
-
-
-def first_call(function: Function, name: str) -> fx.Node:
-    """The first call of one of graft's operators."""
-    return next(node for node in function.graph.nodes if f"graft.{name}." in str(node.target))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "qwen3_moe"])

@@ -6,9 +6,19 @@ import math
 
 from torch import fx
 
-from graft.codegen.kernel_ir import AppendKernel, Array, AttendKernel, GatherKernel, Heads, MatmulKernel
+from graft.codegen.kernel_ir import (
+    AppendKernel,
+    Array,
+    AttendKernel,
+    AttendPagesKernel,
+    GatherKernel,
+    Heads,
+    MatmulKernel,
+)
 from graft.codegen.row_form import ROW, View, regroup
 from graft.compiler.canonical import aten
+from graft.compiler.kv.attention import codec_of, selection_of
+from graft.compiler.kv.codecs import Codec, KeyChannels
 from graft.compiler.nodes import named_arguments
 
 Views = dict[fx.Node, View]
@@ -77,6 +87,7 @@ def append_kernel(node: fx.Node, views: Views, arrays: Arrays, states: list[str]
         heads_of(keys),
         heads_of(values),
         node.args[0].meta["val"].dtype,
+        node.args[4].name if node.args[4].name != "lengths" else "",
     )
 
 
@@ -98,6 +109,41 @@ def attend_kernel(node: fx.Node, views: Views, arrays: Arrays, states: list[str]
         float(given["softcap"]),
         kv.dtype,
     )
+
+
+def attend_pages_kernel(node: fx.Node, views: Views, arrays: Arrays, states: list[str]) -> AttendPagesKernel:
+    """graft::kv_attend_pages."""
+    given = named_arguments(node)
+    queries, kv, sinks = views[given["q"]], given["kv"].meta["val"], given["sinks"]
+    selection = selection_of(given["selection"]) if given["selection"] else None
+    far = ["lengths", "starts", "pages", "table", "counts"]
+    if selection is not None and given["layer"] < selection.dense_layers:
+        selection = None
+    if selection is not None:
+        far += ["labels", "channels"]
+    return AttendPagesKernel(
+        (arrays[queries.base], arrays[node], *([arrays[sinks]] if sinks is not None else [])),
+        (node,),
+        states.index(state_name(node)),
+        given["layer"],
+        heads_of(queries),
+        int(kv.shape[2]),
+        given["value_dim"],
+        int(kv.shape[4]),
+        float(given["scale"]),
+        float(given["softcap"]),
+        kv.dtype,
+        codec_of(given["codec"]),
+        selection,
+        tuple(given[name].name for name in far),
+    )
+
+
+def without_loader(codec: Codec) -> str:
+    """Why a codec's pages are not read by compiled code; "" where they are."""
+    if not codec.loader:
+        return f"{type(codec).__name__} has no loader"
+    return without_loader(codec.inner) if isinstance(codec, KeyChannels) else ""
 
 
 def state_name(node: fx.Node) -> str:

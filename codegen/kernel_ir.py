@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graft.compiler.kv.codecs import Codec, InPlace
+from graft.compiler.kv.selection import Selection
 from graft.compiler.program import Function
 
 
@@ -185,6 +187,8 @@ class AppendKernel(Kernel):
     keys: Heads = Heads(0, 0, 0, 0)
     values: Heads = Heads(0, 0, 0, 0)
     kv_dtype: torch.dtype = torch.float32
+    tail: str = ""
+    """Of a state with pages: the input that says how many tokens of each slot its tensor holds."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,27 @@ class AttendKernel(Kernel):
 
 
 @dataclass(frozen=True)
+class AttendPagesKernel(Kernel):
+    """arrays[1] = attention of the queries arrays[0] over far entries and the tail; arrays[2], if any, holds the sinks."""
+
+    state: int = 0
+    layer: int = 0
+    queries: Heads = Heads(0, 0, 0, 0)
+    kv_heads: int = 0
+    value_dim: int = 0
+    width: int = 0
+    """Elements of the state's tensor that a token of a kv head takes."""
+    scale: float = 1.0
+    softcap: float = 0.0
+    kv_dtype: torch.dtype = torch.float32
+    codec: Codec = field(default_factory=InPlace)
+    selection: Selection | None = None
+    """Which far entries a row reads; None for all of them."""
+    far: tuple[str, ...] = ()
+    """The inputs lengths, starts, pages, table, counts, and with a selection labels and channels."""
+
+
+@dataclass(frozen=True)
 class AtenKernel(Kernel):
     """Nodes that no rule takes, run through ATen one row at a time, so that a row's result stays its own."""
 
@@ -212,6 +237,8 @@ class AtenKernel(Kernel):
     """Where operands and results lie in arrays (row_form.View); what is not there is handed on row by row."""
     reason: str = ""
     rows: str = "N"
+    state: int = -1
+    """The number of the state that its one node, attention over pages, reads; -1 for any other nodes."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import sympy
+import torch
+from torch import Tensor
 
 from graft.compiler.cost import CONTEXT, SEQUENCES, ZERO
+from graft.compiler.kv.codecs import PAGE
 from graft.compiler.notation import size_symbol
-from graft.compiler.program import KernelRecord
+from graft.compiler.program import KernelRecord, KVState
 
 Profile = Callable[[int, int], np.ndarray]
 """(rows, context) -> seconds of every kernel in one step, a median over some."""
@@ -124,6 +127,35 @@ class Measured:
         formula = sympy.Add(ZERO, *(getattr(kernel.cost, part) for kernel, taken in pairs if taken))
         sizes = {size_symbol("N"): self.rows, size_symbol("R"): self.rows, CONTEXT: self.context, SEQUENCES: 1}
         return float(formula.subs(sizes))
+
+
+def zero_states(states: Sequence[KVState], rows: int, context: int) -> tuple[list[Tensor], list[Tensor]]:
+    """States of zeros for steps over `rows` rows behind `context` tokens of one sequence, and their far inputs. Pages are
+    all different, so that reading them takes what it takes."""
+    tensors, given = [], []
+    for state in states:
+        far = kept = 0
+        if state.pages is not None:
+            far = state.pages.cut(context)
+            kept = int(far * (state.pages.eviction.ratio if state.pages.eviction else 1))
+        in_place = state.pages is None or state.pages.codec.in_place
+        tail = context if in_place else context - far
+        tensors.append(torch.zeros(state.layers, 1, state.heads, tail + rows, state.width, dtype=state.dtype))
+        most = -(-kept // PAGE)
+        sizes = {"S": 1, "P": most, "G": max(1, state.layers * state.heads * most)}
+        zeros = {
+            spec.name.removeprefix(f"{state.name}_"): torch.zeros(
+                [sizes[size] if isinstance(size, str) else size for size in spec.sizes], dtype=spec.dtype
+            )
+            for spec in state.far_inputs
+        }
+        if zeros:
+            zeros["lengths"] += tail
+            zeros["starts"] += far if in_place else 0
+            zeros["table"] += torch.arange(zeros["table"].numel(), dtype=torch.int32).view_as(zeros["table"])
+            zeros["counts"] += kept
+        given += zeros.values()
+    return tensors, given
 
 
 def positive(seconds: float) -> float:

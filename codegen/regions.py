@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, fx
 
 from graft.codegen.guards import Guarding
-from graft.codegen.heavy import append_kernel, attend_kernel, flat_row, gather_kernel, matmul_kernel
+from graft.codegen.heavy import (
+    append_kernel,
+    attend_kernel,
+    attend_pages_kernel,
+    flat_row,
+    gather_kernel,
+    matmul_kernel,
+    state_name,
+)
 from graft.codegen.kernel_ir import Array, AtenKernel, Kernel, Kernels
 from graft.codegen.row_builder import RowBuilder
 from graft.codegen.rules import Cut, Group, copied, visit
@@ -110,6 +118,8 @@ def group_kernel(state: Cut, group: Group, arrays: dict[fx.Node, Array], results
     states = [spec.name for spec in state.function.states]
     if node.target is graft.kv_append.default:
         return append_kernel(node, state.views, arrays, states)
+    if node.target is graft.kv_attend_pages.default:
+        return attend_pages_kernel(node, state.views, arrays, states)
     return attend_kernel(node, state.views, arrays, states)
 
 
@@ -130,6 +140,7 @@ def aten_kernel(state: Cut, group: Group, arrays: dict[fx.Node, Array], results:
         {x: state.views[x] for x in (*given, *made) if x in state.views},
         group.reason,
         group.rows,
+        [spec.name for spec in state.function.states].index(state_name(group.nodes[0])) if group.alone else -1,
     )
 
 

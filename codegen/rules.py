@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graft.codegen.heavy import flat_row, inner_dense
+from graft.codegen.heavy import flat_row, inner_dense, without_loader
 from graft.codegen.row_form import ROW, Form, View, form_of, look_through, whole
 from graft.codegen.scalar_ops import REDUCERS, TREES
-from graft.compiler.canonical import MATMULS, SIZES, VIEWS, aten, graft
+from graft.compiler.canonical import ATTENTION, MATMULS, SIZES, VIEWS, aten, graft
 from graft.compiler.errors import LoweringError
-from graft.compiler.nodes import new_node
+from graft.compiler.kv.attention import codec_of
+from graft.compiler.nodes import named_arguments, new_node
 from graft.compiler.program import Function
 
 CATS = frozenset({aten.cat.default, aten.concat.default, aten.stack.default})
@@ -38,6 +39,8 @@ class Group:
     rows: str
     reason: str = ""
     """Why the nodes run through ATen; empty for a kernel of ours."""
+    alone: bool = False
+    """Whether no other node may join it: attention over pages through ATen."""
 
 
 @dataclass
@@ -180,7 +183,7 @@ def heavy(state: Cut, node: fx.Node) -> bool:
     elif node.target is aten.embedding.default:
         ours = gather_fits(state, node)
     else:
-        ours = node.target in (graft.kv_append.default, graft.kv_attend.default) and attention_fits(state, node)
+        ours = (node.target is graft.kv_append.default or node.target in ATTENTION) and attention_fits(state, node)
     if not ours:
         return False
     if is_widened(node):
@@ -234,15 +237,23 @@ def gather_fits(state: Cut, node: fx.Node) -> bool:
 
 def attention_fits(state: Cut, node: fx.Node) -> bool:
     """Attention on vectors of heads."""
-    append = node.target is graft.kv_append.default
-    operands = node.args[1:3] if append else node.args[1:2]
+    given = named_arguments(node)
+    operands = node.args[1:3] if node.target is graft.kv_append.default else node.args[1:2]
     if any(x not in state.views or state.forms[x].dtype != node.args[0].meta["val"].dtype for x in operands):
         return False
-    if not append and len(node.args) > 10 and node.args[10] is not None and node.args[10] not in state.constant:
+    if given.get("sinks") is not None and given["sinks"] not in state.constant:
+        return False
+    if without_pages(node):
         return False
     for operand in operands:
         dense_operand(state, node, operand, whole_row=False)
     return True
+
+
+def without_pages(node: fx.Node) -> str:
+    """Why compiled code does not read the pages that a node does; "" where it does, or there are none."""
+    pages = node.target is graft.kv_attend_pages.default
+    return without_loader(codec_of(named_arguments(node)["codec"])) if pages else ""
 
 
 def through_aten(state: Cut, node: fx.Node) -> None:
@@ -256,9 +267,11 @@ def through_aten(state: Cut, node: fx.Node) -> None:
     rows, index = kinds.pop() if kinds else "N", len(state.groups)
     last = state.groups[-1] if state.groups else None
     outside = [x for x in known if state.owner.get(x) != (index, "group")]
-    if not (last and last.reason and last.rows == rows and all(state.stage[x] < index for x in outside)):
+    joined = last and last.reason and last.rows == rows and all(state.stage[x] < index for x in outside)
+    alone = node.target is graft.kv_attend_pages.default
+    if not joined or alone or (last and last.alone):
         name = getattr(node.target, "__name__", str(node.target))
-        state.groups.append(Group([], rows, f"no rule for {name}"))
+        state.groups.append(Group([], rows, without_pages(node) or f"no rule for {name}", alone))
         index += 1
     state.groups[-1].nodes.append(node)
     state.stage[node] = index

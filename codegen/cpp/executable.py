@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from graft.codegen.arena import place_arrays, row_bytes
+from graft.codegen.aten_pages import attend_pages
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
 from graft.codegen.cpp.memory import check_panels, pack
 from graft.codegen.cpp.team import Team
 from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, MatmulKernel, parameters_behind
-from graft.codegen.prediction import Prediction, cached_rates, calibrate
+from graft.codegen.prediction import Prediction, cached_rates, calibrate, zero_states
 from graft.codegen.records import record
 from graft.codegen.regions import cut
 from graft.codegen.skips import SkipCount, guarded_regions
@@ -77,6 +78,8 @@ class CppExecutable:
         self.schedule, self.arguments = np.array(self.code.schedule, np.int32), np.array(self.code.arguments, np.int32)
         self.place_weights(panels or {})
         self.inputs = tuple(spec.name for spec in function.inputs)
+        far = (spec.name for state in function.states for spec in state.far_inputs)
+        self.given = (*self.inputs, *(f"state {index}" for index in range(len(function.states))), *far)
         self.external = frozenset((*self.inputs, *(array.name for array in self.cut.outputs)))
         self.offsets, self.bytes_per_row = place_arrays(self.cut.kernels, self.external)
         self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.arrays}
@@ -118,10 +121,7 @@ class CppExecutable:
 
     def profile(self, rows: int, context: int) -> np.ndarray:
         """Seconds of every kernel in a step of one sequence, the median of some steps over zeros."""
-        states = [
-            torch.zeros(s.layers, 1, s.heads, context + rows, s.key_dim + s.value_dim, dtype=s.dtype)
-            for s in self.function.states
-        ]
+        states, far = zero_states(self.function.states, rows, context)
         count = torch.arange(rows)
         inputs = [count * 0 + 1, context + count, count * 0, count - 1, torch.tensor([context]), count]
         widths = ([size for size in spec.sizes if isinstance(size, int)] for spec in self.function.row_inputs)
@@ -134,7 +134,7 @@ class CppExecutable:
             try:
                 for _ in range(PROFILED_STEPS):
                     self.seconds = np.zeros(len(self.schedule) // 2)
-                    self.run((*inputs, *own, *states))
+                    self.run((*inputs, *own, *states, *far))
                     measured.append(self.seconds)
             finally:
                 self.seconds = None
@@ -222,23 +222,23 @@ class CppExecutable:
         rows, results = inputs[0].shape[0], inputs[5].shape[0]
         if max(rows, results) > self.capacity:
             self.grow(max(rows, results, 2 * self.capacity))
-        states = inputs[len(self.inputs) :]
         outputs = [
             torch.empty(results if array.rows == "R" else rows, array.width, dtype=array.dtype)
             for array in self.cut.outputs
         ]
-        given = dict(zip(self.inputs, inputs, strict=False)) | {
+        given = dict(zip(self.given, inputs, strict=True)) | {
             array.name: tensor for array, tensor in zip(self.cut.outputs, outputs, strict=True)
         }
-        for name, tensor in (*given.items(), *((f"state {i}", state) for i, state in enumerate(states))):
+        sizes = self.sizes(given)
+        for name, tensor in given.items():
             if name in self.code.places:
                 self.addresses[self.code.places[name]] = tensor.data_ptr()
         call = Call(
             rows,
             results,
-            states[0].shape[3] if states else 0,
-            states[0].shape[1] if states else inputs[4].shape[0],
+            inputs[4].shape[0],
             *(given[name].data_ptr() for name in ("sequences", "parents", "lengths", "wanted")),
+            sizes.ctypes.data,
             self.addresses.ctypes.data,
             self.schedule.ctypes.data,
             self.arguments.ctypes.data,
@@ -248,6 +248,15 @@ class CppExecutable:
         )
         self.run_segments(call, given)
         return outputs[0], outputs[1]
+
+    def sizes(self, given: dict[str, Tensor]) -> np.ndarray:
+        """int64 [states, 2]: capacity, and how many pages a kv head may have."""
+        found = np.zeros((len(self.function.states), 2), np.int64)
+        for index, state in enumerate(self.function.states):
+            found[index, 0] = given[f"state {index}"].shape[3]
+            if state.pages is not None:
+                found[index, 1] = given[f"{state.name}_table"].shape[3]
+        return found
 
     def run_segments(self, call: Call, given: dict[str, Tensor]) -> None:
         """What is compiled in one call each, what ATen runs between."""
@@ -259,6 +268,9 @@ class CppExecutable:
                 continue
             for kernel in kernels:
                 assert isinstance(kernel, AtenKernel)
+                if kernel.state >= 0:
+                    attend_pages(kernel, given, call.rows, lambda name: self.array(name, given))
+                    continue
                 count = call.results if kernel.rows == "R" else call.rows
                 run_rows(kernel, self.function.weights, count, lambda name: self.array(name, given), loose)
 

@@ -12,16 +12,19 @@ from typing import Any
 from graft.codegen.cpp.build import build
 from graft.codegen.cpp.isa import Isa
 from graft.codegen.cpp.printer import function, print_kernel
-from graft.codegen.kernel_ir import AtenKernel, Kernel
+from graft.codegen.kernel_ir import AtenKernel, AttendPagesKernel, Kernel
 
-HEADERS = ("vec.h", "math.h", "team.h", "step.h", "matmul.h", "attention.h", "top.h")
+HEADERS = (
+    *("vec.h", "math.h", "team.h", "step.h", "matmul.h", "tiles.h", "attention.h", "codes.h", "selection.h", "pages.h"),
+    "top.h",
+)
 
-HEAD = """#include "attention.h"
+HEAD = """#include "{attention}"
 #include "matmul.h"
 #include "top.h"
 
 using namespace graft;
-namespace {
+namespace {{
 
 """
 
@@ -46,8 +49,8 @@ class Call(ctypes.Structure):
     """struct Call of include/step.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "results", "capacity", "slots")),
-        *((name, ctypes.c_void_p) for name in ("sequences", "parents", "lengths", "wanted")),
+        *((name, ctypes.c_int64) for name in ("rows", "results", "slots")),
+        *((name, ctypes.c_void_p) for name in ("sequences", "parents", "lengths", "wanted", "sizes")),
         *((name, ctypes.c_void_p) for name in ("addresses", "schedule", "arguments")),
         *((name, ctypes.c_int64) for name in ("first", "last")),
         ("seconds", ctypes.c_void_p),
@@ -91,12 +94,13 @@ def print_code(kernels: tuple[Kernel, ...], packed: frozenset[str], counters: Ma
         code.names.append(names[functions[printed.body]])
         code.schedule += [functions[printed.body], len(code.arguments)]
         code.arguments += [one if isinstance(one, int) else code.place(one) for one in printed.arguments]
-    code.source = HEAD + "\n".join(texts) + TAIL.format(names=", ".join(names) or "nullptr")
+    pages = any(isinstance(kernel, AttendPagesKernel) for kernel in kernels)
+    code.source = HEAD.format(attention="pages.h" if pages else "attention.h") + "\n".join(texts) + TAIL.format(names=", ".join(names) or "nullptr")
     return code
 
 
 def headers() -> dict[str, str]:
-    """The headers that the source includes, by name."""
+    """The headers that a source may include, by name."""
     folder = resources.files("graft.codegen.cpp") / "include"
     return {name: (folder / name).read_text() for name in HEADERS}
 

@@ -13,6 +13,7 @@ from graft.codegen.kernel_ir import (
     Access,
     AppendKernel,
     AttendKernel,
+    AttendPagesKernel,
     Compute,
     Const,
     Convert,
@@ -27,6 +28,7 @@ from graft.codegen.kernel_ir import (
     Store,
 )
 from graft.codegen.row_builder import computing
+from graft.compiler.kv.codecs import Codec, KeyChannels
 
 TYPES = {
     torch.float32: "float",
@@ -55,7 +57,7 @@ class Printed:
     kind: str
     body: str
     arguments: tuple[str | int, ...]
-    """Names of arrays, "weight NAME", "state INDEX", or whole numbers."""
+    """Names of arrays and other inputs, "weight NAME", "state INDEX", or whole numbers."""
 
 
 def print_kernel(kernel: Kernel, packed: frozenset[str], counter: int = -1) -> Printed:
@@ -83,6 +85,8 @@ def print_unguarded(kernel: Kernel, packed: frozenset[str]) -> Printed:
             return append(kernel)
         case AttendKernel():
             return attend(kernel)
+        case AttendPagesKernel():
+            return attend_pages(kernel)
     raise AssertionError(f"no code for {type(kernel).__name__}")
 
 
@@ -255,11 +259,16 @@ def gather(kernel: GatherKernel, packed: frozenset[str]) -> Printed:
     return Printed("gather", indented(lines), (index.name, out.name, place))
 
 
-def cache(kernel: AppendKernel | AttendKernel, heads: int, width: int, at: int) -> str:
-    """The part of the KV state that belongs to the kernel's layer."""
+def cache(kernel: AppendKernel | AttendKernel | AttendPagesKernel, heads: int, width: int, at: int) -> str:
+    """The part of the KV state that belongs to the kernel's layer; arguments from `at` on: state, layer, its number."""
     kind = TYPES[kernel.kv_dtype]
-    size = f"step.call.slots * {heads} * step.call.capacity * {width}"
+    size = f"step.call.slots * {heads} * step.capacity(argument[{at + 2}]) * {width}"
     return f"step.array<{kind}>(argument[{at}]) + argument[{at + 1}] * ({size})"
+
+
+def cache_arguments(kernel: AppendKernel | AttendKernel | AttendPagesKernel) -> tuple[str | int, ...]:
+    """What `cache` reads."""
+    return f"state {kernel.state}", kernel.layer, kernel.state
 
 
 def print_heads(width: int, heads: Heads) -> str:
@@ -271,13 +280,22 @@ def append(kernel: AppendKernel) -> Printed:
     """Writing keys and values."""
     keys, values = kernel.arrays
     kind, k, v = TYPES[kernel.kv_dtype], kernel.keys, kernel.values
+    tail = "step.array<int64_t>(argument[5])" if kernel.tail else "nullptr"
     lines = [
         f"append<{kind}, {k.width}, {v.width}>(step, part, {k.count},",
         f"    step.array<{kind}>(argument[0]), {print_heads(keys.width, k)},",
         f"    step.array<{kind}>(argument[1]), {print_heads(values.width, v)},",
-        f"    {cache(kernel, k.count, k.width + v.width, 2)});",
+        f"    {cache(kernel, k.count, k.width + v.width, 2)},",
+        f"    step.capacity(argument[4]), {tail});",
     ]
-    return Printed("append", indented(lines), (keys.name, values.name, f"state {kernel.state}", kernel.layer))
+    given = (keys.name, values.name, *cache_arguments(kernel), *([kernel.tail] if kernel.tail else []))
+    return Printed("append", indented(lines), given)
+
+
+def scoring(kernel: AttendKernel | AttendPagesKernel) -> str:
+    """What is done with scores."""
+    inside = TYPES[computing(kernel.kv_dtype)]
+    return f"Scoring<{inside}>{{{literal(kernel.scale, inside)}, {literal(kernel.softcap, inside)}}}"
 
 
 def attend(kernel: AttendKernel) -> Printed:
@@ -285,22 +303,63 @@ def attend(kernel: AttendKernel) -> Printed:
     queries, out, *sinks = kernel.arrays
     q, kind = kernel.queries, TYPES[kernel.kv_dtype]
     inside = TYPES[computing(kernel.kv_dtype)]
-    scoring = f"{{{literal(kernel.scale, inside)}, {literal(kernel.softcap, inside)}}}"
     width = q.width + kernel.value_dim
     lines = [
         f"attend<{kind}, {TYPES[out.dtype]}, {q.width}, {kernel.value_dim}>(step, part, {q.count}, "
         f"{kernel.kv_heads},",
         f"    step.array<{kind}>(argument[0]), {print_heads(queries.width, q)},",
         f"    {cache(kernel, kernel.kv_heads, width, 2)},",
-        f"    step.array<{TYPES[out.dtype]}>(argument[1]), "
-        + (f"step.array<{inside}>(argument[4])" if sinks else "nullptr")
-        + f", {kernel.window}, Scoring<{inside}>{scoring});",
+        f"    step.capacity(argument[4]), step.array<{TYPES[out.dtype]}>(argument[1]), "
+        + (f"step.array<{inside}>(argument[5])" if sinks else "nullptr")
+        + f", {kernel.window}, {scoring(kernel)});",
     ]
-    return Printed(
-        "attend",
-        indented(lines),
-        (queries.name, out.name, f"state {kernel.state}", kernel.layer, *(f"wide {one.name}" for one in sinks)),
-    )
+    wide = (f"wide {one.name}" for one in sinks)
+    return Printed("attend", indented(lines), (queries.name, out.name, *cache_arguments(kernel), *wide))
+
+
+def attend_pages(kernel: AttendPagesKernel) -> Printed:
+    """Attention over far entries and the tail."""
+    queries, out, *sinks = kernel.arrays
+    q, kind, heads = kernel.queries, TYPES[kernel.kv_dtype], kernel.kv_heads
+    inside = TYPES[computing(kernel.kv_dtype)]
+    page_bytes = kernel.codec.page_bytes(q.width, kernel.value_dim, kernel.kv_dtype)
+    lengths, starts, pages, table, counts, *chosen = (f"argument[{5 + index}]" for index in range(len(kernel.far)))
+    layer = f"argument[3] * step.call.slots * {heads}"
+    label_bytes, choice, labels, channels = 0, "Everything", "nullptr", "nullptr"
+    if kernel.selection is not None:
+        one = kernel.selection
+        label_bytes, width = one.label_bytes(q.width, kernel.kv_dtype), one.width(q.width)
+        flags = f"{str(one.calibrates).lower()}, {str(one.bounds).lower()}"
+        choice = f"Selection<{kind}, {q.width}, {one.size}, {width}, {flags}>"
+        labels = f"step.array<uint8_t>({chosen[0]})"
+        channels = f"step.array<int64_t>({chosen[1]}) + {layer} * {width}"
+    limits = f"{{{kernel.selection.ratio!r}, {kernel.selection.least}}}" if kernel.selection else "{}"
+    loader = loader_type(kernel.codec, kind, q.width, kernel.value_dim)
+    types = f"{kind}, {TYPES[out.dtype]}, {q.width}, {kernel.value_dim}, {kernel.width}"
+    lines = [
+        f"const Paged paged = {{step.capacity(argument[4]), {page_bytes}, {label_bytes}, step.pages(argument[4]),",
+        f"    step.array<int64_t>({lengths}), step.array<int64_t>({starts}), step.array<uint8_t>({pages}),",
+        f"    step.array<int32_t>({table}) + {layer} * step.pages(argument[4]),",
+        f"    step.array<int32_t>({counts}) + {layer},",
+        f"    {labels}, {channels}}};",
+        f"typedef {loader} Loader;",
+        f"attend_pages<{types}, Loader>(step, part, {q.count}, {heads},",
+        f"    step.array<{kind}>(argument[0]), {print_heads(queries.width, q)},",
+        f"    {cache(kernel, heads, kernel.width, 2)}, paged,",
+        f"    step.array<{TYPES[out.dtype]}>(argument[1]), "
+        + (f"step.array<{inside}>(argument[{5 + len(kernel.far)}])" if sinks else "nullptr")
+        + f", {scoring(kernel)}, {choice}{limits});",
+    ]
+    given = (*cache_arguments(kernel), *kernel.far, *(f"wide {one.name}" for one in sinks))
+    return Printed("attend", indented(lines), (queries.name, out.name, *given))
+
+
+def loader_type(codec: Codec, kind: str, key_dim: int, value_dim: int) -> str:
+    """The C++ type that reads the codec's pages."""
+    arguments = [kind, key_dim, value_dim, *codec.loader_arguments(key_dim, value_dim)]
+    if isinstance(codec, KeyChannels):
+        arguments.append(loader_type(codec.inner, kind, codec.kept(key_dim), value_dim))
+    return f"{codec.loader}<{', '.join(map(str, arguments))}>"
 
 
 def indented(lines: list[str]) -> str:

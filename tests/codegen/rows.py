@@ -93,8 +93,8 @@ class Library:
         zeros = torch.zeros(max(count, 1), dtype=torch.int64)
         parents = zeros - 1
         call = Call(
-            count, count, 0, 1,
-            *(zeros.data_ptr(), parents.data_ptr(), zeros.data_ptr(), zeros.data_ptr()),
+            count, count, 1,
+            *(zeros.data_ptr(), parents.data_ptr(), zeros.data_ptr(), zeros.data_ptr(), None),
             *(one.ctypes.data for one in (addresses, schedule, arguments)),
             part, part + 1,
         )  # fmt: skip

@@ -4,200 +4,63 @@
 // row whose text lies at other places, because it is part of a tree, walks its own path into the tiles. So the arithmetic
 // of a row depends on its position alone: rows share the work of a tile only where they share its keys.
 #pragma once
-#include "math.h"
-#include "matmul.h"
+#include "tiles.h"
 
 namespace graft {
 
-constexpr int TILE = LANES, KEYS = 64, TILES = KEYS / TILE;
 constexpr int64_t QUERIES = 48;  // that are worked on together, where there are no more in one row
 
 // Where the heads of a row lie: first element, elements from head to head.
 struct Heads { int64_t width, offset, stride; };
 
+// `tail`, of a state with pages, has how many tokens of each slot lie in it: the last ones of those committed.
 template <class T, int KD, int VD>
-void append(const Step& step, int part, int64_t heads, const T* keys, Heads k, const T* values, Heads v, T* kv) {
+void append(const Step& step, int part, int64_t heads, const T* keys, Heads k, const T* values, Heads v, T* kv,
+            int64_t capacity, const int64_t* tail) {
     const Call& call = step.call;
     for (Share share(call.rows, part, step.parts); share.first < share.last; ++share.first) {
-        const int64_t row = share.first;
+        const int64_t row = share.first, slot = call.sequences[row];
+        const int64_t place = step.place[row] - (tail ? call.lengths[slot] - tail[slot] : 0);
         for (int64_t head = 0; head < heads; ++head) {
-            T* to = kv + ((call.sequences[row] * heads + head) * call.capacity + step.place[row]) * (KD + VD);
+            T* to = kv + ((slot * heads + head) * capacity + place) * (KD + VD);
             memcpy(to, keys + row * k.width + k.offset + head * k.stride, KD * sizeof(T));
             memcpy(to + KD, values + row * v.width + v.offset + head * v.stride, VD * sizeof(T));
         }
     }
 }
 
-// 16 x 16 words, rows to columns, by four rounds of interleaving.
-INLINE void transpose(u32v (&m)[LANES]) {
-    constexpr u32v low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    constexpr u32v high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    for (int round = 0; round < 4; ++round) {
-        u32v next[LANES];
-        for (int i = 0; i < LANES / 2; ++i) {
-            next[2 * i] = __builtin_shuffle(m[i], m[i + LANES / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(m[i], m[i + LANES / 2], high);
-        }
-        memcpy(m, next, sizeof m);
-    }
-}
-
-template <class T> constexpr bool PAIRED = std::is_same_v<T, bf16>;
-
-// Sixteen keys side by side, for each element (of bfloat16: each pair of elements) of their vectors.
-template <class T, int KD> struct KeyTile {
-    static constexpr int steps = PAIRED<T> ? (KD + 1) / 2 : KD;
-    typedef std::conditional_t<PAIRED<T>, u32v, vec<computing<T>>> Lanes;
-    typedef std::conditional_t<PAIRED<T>, uint32_t, computing<T>> Factor;
-    Lanes of[steps];
-
-    void fill(const T* const (&keys)[TILE]) {
-        if constexpr (PAIRED<T> && KD % 32 == 0) {
-            for (int d = 0; d < KD; d += 32) {
-                u32v square[LANES];
-                for (int key = 0; key < TILE; ++key) memcpy(&square[key], keys[key] + d, sizeof(u32v));
-                transpose(square);
-                memcpy(of + d / 2, square, sizeof square);
-            }
-        } else if constexpr (PAIRED<T>) {
-            for (int d = 0; d < KD; d += 2)
-                for (int key = 0; key < TILE; ++key)
-                    of[d / 2][key] = keys[key][d].bits | (d + 1 < KD ? uint32_t(keys[key][d + 1].bits) << 16 : 0);
-        } else if constexpr (std::is_same_v<computing<T>, float> && KD % LANES == 0) {
-            for (int d = 0; d < KD; d += LANES) {
-                u32v square[LANES];
-                for (int key = 0; key < TILE; ++key) square[key] = bits<u32v>(widen(keys[key] + d));
-                transpose(square);
-                memcpy(of + d, square, sizeof square);
-            }
-        } else {
-            for (int d = 0; d < KD; ++d)
-                for (int key = 0; key < TILE; ++key) of[d][key] = widen(keys[key][d]);
-        }
-    }
-
-    // Dot products of N queries with the sixteen keys; `queries` are element (pair) after element of `count` queries.
-    template <int N> INLINE void dot(const Factor* queries, int64_t count, vec<computing<T>> (&sums)[N]) const {
-        for (int i = 0; i < N; ++i) sums[i] = vec<computing<T>>{};
-        for (int d = 0; d < steps; ++d)
-            for (int i = 0; i < N; ++i) {
-                if constexpr (PAIRED<T>) multiply_pair(sums[i], of[d], queries[d * count + i]);
-                else sums[i] = fma(splat(queries[d * count + i]), of[d], sums[i]);
-            }
-    }
-
-    // Puts a query among `count` others for `dot`.
-    static void place(const T* query, Factor* to, int64_t count) {
-        for (int d = 0; d < steps; ++d) {
-            if constexpr (PAIRED<T>)
-                to[d * count] = query[2 * d].bits | (2 * d + 1 < KD ? uint32_t(query[2 * d + 1].bits) << 16 : 0);
-            else to[d * count] = widen(query[d]);
-        }
-    }
-};
-
-template <class C> struct Scoring { C scale, softcap; };
-
-// The running softmax of one query, and what it has gathered so far.
-template <class T, int VD> struct Query {
+// Rows of one slot and kv head. A token takes W elements of the state, its key and value first.
+template <class T, class O, int KD, int VD, int W = KD + VD> struct Attention {
+    typedef T Element;
     typedef computing<T> C;
-    static constexpr int vectors = (VD + LANES - 1) / LANES;
-    vec<C> gathered[vectors];
-    C top, total;
-    C scores[KEYS];
-    std::conditional_t<PAIRED<T>, bf16, C> weights[KEYS];
-
-    void start(const C* sink) {
-        for (auto& part : gathered) part = vec<C>{};
-        top = sink ? *sink : -C(INFINITY), total = sink ? 1 : 0;
-    }
-
-    // Turns a block's scores, of which those from `low` to `high` count, into weights.
-    void weigh(int low, int high) {
-        vec<C> s[TILES];
-        for (int tile = 0; tile < TILES; ++tile) s[tile] = widen(scores + tile * TILE);
-        if (low > 0 || high < KEYS)
-            for (int tile = 0; tile < TILES; ++tile) {
-                const auto inside = lanes_below(high - tile * TILE, s[0]) & ~lanes_below(low - tile * TILE, s[0]);
-                s[tile] = inside ? s[tile] : splat(-C(INFINITY));
-            }
-        // NaN may get lost here; it comes back with the weights.
-        const auto more = [](auto a, auto b) { return a > b ? a : b; };
-        const C limit = more(fold<C>(more(more(s[0], s[1]), more(s[2], s[3])), more), top);
-        for (int tile = 0; tile < TILES; ++tile) {
-            s[tile] = op::exp(s[tile] - limit);
-            narrow(s[tile], weights + tile * TILE);
-            // They are added up as they are multiplied with, so that their shares still add up to one.
-            if constexpr (PAIRED<T>) s[tile] = widen(weights + tile * TILE);
-        }
-        const C sum = fold<C>((s[0] + s[1]) + (s[2] + s[3]), [](auto a, auto b) { return a + b; });
-        if (limit != top) {
-            const C faded = op::exp(splat(top - limit))[0];
-            total *= faded;
-            for (auto& part : gathered) part *= faded;
-        }
-        total += sum;
-        top = limit;
-    }
-};
-
-// The values of a block, padded to whole vectors: as numbers that are computed with, or in bfloat16 two and two side by
-// side.
-template <class T, int VD> struct Values {
-    typedef Query<T, VD> One;
-    static constexpr int vectors = One::vectors, steps = PAIRED<T> ? TILE / 2 : TILE;
-    typedef std::conditional_t<PAIRED<T>, u32v, vec<computing<T>>> Lanes;
-    Lanes of[TILES * steps][vectors];
-
-    void fill(const T* const (&keys)[TILE], int64_t key_dim, int tile) {
-        for (int step = 0; step < steps; ++step)
-            sweep<VD>([&](int64_t d, auto lanes) {
-                Lanes& to = of[tile * steps + step][d / LANES];
-                if constexpr (PAIRED<T>) {
-                    const T *even = keys[2 * step] + key_dim + d, *odd = keys[2 * step + 1] + key_dim + d;
-                    to = bits<u32v>(load(even, lanes)) >> 16 | bits<u32v>(load(odd, lanes));
-                } else {
-                    to = load(keys[step] + key_dim + d, lanes);
-                }
-            });
-    }
-
-    // Adds weights times values of some tiles to what N queries have gathered; a key that is not seen weighs nothing.
-    template <int N> INLINE void add(One* queries, int first, int last) const {
-        vec<computing<T>> sums[N][vectors];
-        for (int i = 0; i < N; ++i)
-            for (int part = 0; part < vectors; ++part) sums[i][part] = queries[i].gathered[part];
-        for (int step = first * steps; step < last * steps; ++step)
-            for (int i = 0; i < N; ++i) {
-                if constexpr (PAIRED<T>) {
-                    uint32_t pair;
-                    memcpy(&pair, queries[i].weights + 2 * step, sizeof pair);
-                    for (int part = 0; part < vectors; ++part) multiply_pair(sums[i][part], of[step][part], pair);
-                } else {
-                    const auto weight = load_one(queries[i].weights + step);
-                    for (int part = 0; part < vectors; ++part) sums[i][part] = fma(weight, of[step][part], sums[i][part]);
-                }
-            }
-        for (int i = 0; i < N; ++i)
-            for (int part = 0; part < vectors; ++part) queries[i].gathered[part] = sums[i][part];
-    }
-};
-
-template <class T, class O, int KD, int VD> struct Attention {
-    typedef computing<T> C;
+    static constexpr int key_dim = KD, value_dim = VD;
     static constexpr int SUMMED = most(1, REGISTERS / int(sizeof(C) / sizeof(float)) / Query<T, VD>::vectors);
 
     const Step& step;
-    const T* kv;  // of one slot and head
+    const T* kv;  // where the token at position 0 would lie
     int64_t group, first, count;  // queries per row; rows
-    int64_t window;
+    int64_t window, cut;  // nothing in front of the cut is seen
     Scoring<C> scoring;
-    typename KeyTile<T, KD>::Factor* factors;  // of the queries, for KeyTile::dot
-    Query<T, VD>* queries;
+    const T* q;  // the head's first query of row 0
+    Heads heads;
+    typename KeyTile<T, KD>::Factor* factors = nullptr;  // of the queries, for KeyTile::dot
+    Query<T, VD>* queries = nullptr;
 
-    int64_t start(int64_t row) const {
-        return window ? most<int64_t>(0, step.position[row] + 1 - window) : 0;
+    Attention(const Step& step, const T* kv, int64_t group, int64_t first, int64_t count, int64_t window, int64_t cut,
+              Scoring<C> scoring, const T* q, Heads heads)
+        : step(step), kv(kv), group(group), first(first), count(count), window(window), cut(cut), scoring(scoring), q(q),
+          heads(heads), factors(new typename KeyTile<T, KD>::Factor[count * group * KeyTile<T, KD>::steps]),
+          queries(new Query<T, VD>[count * group]) {}
+    Attention(const Attention&) = delete;
+    ~Attention() {
+        delete[] factors;
+        delete[] queries;
     }
+
+    const T* query(int64_t number) const {
+        return q + (first + number / group) * heads.width + number % group * heads.stride;
+    }
+    int64_t start(int64_t row) const { return window ? most<int64_t>(cut, step.position[row] + 1 - window) : cut; }
     int64_t place(int64_t row, int64_t position) const {
         return position < step.plain[row] ? position : step.path[step.path_start[row] + position - step.plain[row]];
     }
@@ -208,31 +71,30 @@ template <class T, class O, int KD, int VD> struct Attention {
     void point(int64_t row, int64_t from, const T* (&keys)[TILE]) const {
         const int64_t low = most(start(row), from), high = step.position[row];
         for (int key = 0; key < TILE; ++key)
-            keys[key] = kv + place(row, least(most(from + key, low), high)) * (KD + VD);
+            keys[key] = kv + place(row, least(most(from + key, low), high)) * W;
     }
 
     // Brings the keys and values of a tile nearer.
     void expect(int64_t from) const {
-        const char* at = (const char*)(kv + from * (KD + VD));
-        for (int64_t byte = 0; byte < int64_t(TILE * (KD + VD) * sizeof(T)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
+        const char* at = (const char*)(kv + from * W);
+        for (int64_t byte = 0; byte < int64_t(TILE * W * sizeof(T)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
     }
 
-    template <int N> void score_some(const KeyTile<T, KD>& tile, int at, int64_t query) {
+    // `factors` are those of the queries for a tile of this kind.
+    template <int N, class Tile>
+    void score_some(const Tile& tile, int at, int64_t query, const typename Tile::Factor* factors) {
         vec<C> sums[N];
         tile.template dot<N>(factors + query, count * group, sums);
-        for (int i = 0; i < N; ++i) {
-            vec<C> s = sums[i] * scoring.scale;
-            if (scoring.softcap) s = op::tanh(s / scoring.softcap) * scoring.softcap;
-            narrow(s, queries[query + i].scores + at * TILE);
-        }
+        for (int i = 0; i < N; ++i) narrow(scoring(sums[i]), queries[query + i].scores + at * TILE);
     }
 
-    void score(const KeyTile<T, KD>& tile, int at, int64_t query, int64_t end) {
-        for (; query + 12 <= end; query += 12) score_some<12>(tile, at, query);
-        for (; query + 8 <= end; query += 8) score_some<8>(tile, at, query);
-        for (; query + 4 <= end; query += 4) score_some<4>(tile, at, query);
-        for (; query + 3 <= end; query += 3) score_some<3>(tile, at, query);
-        for (; query < end; ++query) score_some<1>(tile, at, query);
+    template <class Tile>
+    void score(const Tile& tile, int at, int64_t query, int64_t end, const typename Tile::Factor* factors) {
+        for (; query + 12 <= end; query += 12) score_some<12>(tile, at, query, factors);
+        for (; query + 8 <= end; query += 8) score_some<8>(tile, at, query, factors);
+        for (; query + 4 <= end; query += 4) score_some<4>(tile, at, query, factors);
+        for (; query + 3 <= end; query += 3) score_some<3>(tile, at, query, factors);
+        for (; query < end; ++query) score_some<1>(tile, at, query, factors);
     }
 
     template <int N> void add_some(const Values<T, VD>& values, int first, int last, int64_t query, int64_t end) {
@@ -260,7 +122,7 @@ template <class T, class O, int KD, int VD> struct Attention {
                 if (!seen(row, from + at * TILE)) return;
                 if (shared) expect(from + at * TILE + KEYS);
                 tile.fill(keys);
-                score(tile, at, query, end);
+                score(tile, at, query, end, factors);
             });
         for (int64_t row = 0; row < count; ++row) {
             const int64_t low = start(first + row) - from, high = step.position[first + row] + 1 - from;
@@ -280,37 +142,36 @@ template <class T, class O, int KD, int VD> struct Attention {
         if (together) add_some<SUMMED>(values, 0, TILES, 0, count * group);
     }
 
-    void run(const T* q, Heads heads, const C* sinks, int64_t head, O* out, int64_t out_width) {
-        int64_t begin = start(first), end = 0;
-        factors = new typename KeyTile<T, KD>::Factor[count * group * KeyTile<T, KD>::steps];
-        queries = new Query<T, VD>[count * group];
-        for (int64_t row = 0; row < count; ++row) {
-            begin = least(begin, start(first + row)), end = most<int64_t>(end, step.position[first + row] + 1);
-            for (int64_t i = 0; i < group; ++i) {
-                const T* query = q + (first + row) * heads.width + heads.offset + (head + i) * heads.stride;
-                KeyTile<T, KD>::place(query, factors + row * group + i, count * group);
-                queries[row * group + i].start(sinks ? sinks + head + i : nullptr);
-            }
+    void open(const C* sinks) {
+        for (int64_t i = 0; i < count * group; ++i) {
+            KeyTile<T, KD>::place(query(i), factors + i, count * group);
+            queries[i].start(sinks ? sinks + i % group : nullptr);
         }
+    }
+
+    // Everything from the cut on.
+    void tail() {
+        int64_t begin = start(first), end = 0;
+        for (int64_t row = 0; row < count; ++row)
+            begin = least(begin, start(first + row)), end = most<int64_t>(end, step.position[first + row] + 1);
         for (int tile = 0; tile < TILES; ++tile) expect(begin / KEYS * KEYS + tile * TILE);
         for (int64_t from = begin / KEYS * KEYS; from < end; from += KEYS) block(from);
+    }
+
+    void close(O* out, int64_t out_width) const {
         for (int64_t row = 0; row < count; ++row)
             for (int64_t i = 0; i < group; ++i) {
                 const Query<T, VD>& query = queries[row * group + i];
-                O* to = out + (first + row) * out_width + (head + i) * VD;
+                O* to = out + (first + row) * out_width + i * VD;
                 sweep<VD>([&](int64_t d, auto lanes) { store(to + d, query.gathered[d / LANES] / query.total, lanes); });
             }
-        delete[] factors;
-        delete[] queries;
     }
 };
 
-template <class T, class O, int KD, int VD>
-void attend(const Step& step, int part, int64_t heads, int64_t kv_heads, const T* q, Heads where, const T* kv, O* out,
-            const computing<T>* sinks, int64_t window, Scoring<computing<T>> scoring) {
+// Calls each(kv head, first row, row after the last) for this part of the work. A thread takes whole heads, which prepares
+// each tile once; the heads left over are cut by rows.
+template <class Each> void over_heads(const Step& step, int part, int64_t kv_heads, int64_t group, Each each) {
     const Call& call = step.call;
-    const int64_t group = heads / kv_heads;
-    // A thread takes whole heads, which prepares each tile once; the heads left over are cut by rows.
     const int64_t whole = kv_heads / step.parts * step.parts, most_rows = most<int64_t>(1, QUERIES / group);
     const int64_t even = most<int64_t>(1, least(most_rows, (call.rows + step.parts - 1) / step.parts));
     int64_t item = 0;
@@ -319,12 +180,23 @@ void attend(const Step& step, int part, int64_t heads, int64_t kv_heads, const T
             end = first + 1;
             const int64_t together = head < whole ? most_rows : even;
             while (end < call.rows && call.sequences[end] == call.sequences[first] && end - first < together) ++end;
-            if ((head < whole ? head : item) % step.parts != part) continue;
-            const T* stored = kv + (call.sequences[first] * kv_heads + head) * call.capacity * (KD + VD);
-            Attention<T, O, KD, VD> attention{step, stored, group, first, end - first, window, scoring, nullptr, nullptr};
-            attention.run(q, where, sinks, head * group, out, heads * VD);
+            if ((head < whole ? head : item) % step.parts == part) each(head, first, end);
         }
     }
+}
+
+template <class T, class O, int KD, int VD>
+void attend(const Step& step, int part, int64_t heads, int64_t kv_heads, const T* q, Heads where, const T* kv,
+            int64_t capacity, O* out, const computing<T>* sinks, int64_t window, Scoring<computing<T>> scoring) {
+    const int64_t group = heads / kv_heads;
+    over_heads(step, part, kv_heads, group, [&](int64_t head, int64_t first, int64_t end) {
+        const T* stored = kv + (step.call.sequences[first] * kv_heads + head) * capacity * (KD + VD);
+        const T* queries = q + where.offset + head * group * where.stride;
+        Attention<T, O, KD, VD> attention(step, stored, group, first, end - first, window, 0, scoring, queries, where);
+        attention.open(sinks ? sinks + head * group : nullptr);
+        attention.tail();
+        attention.close(out + head * group * VD, heads * VD);
+    });
 }
 
 }  // namespace graft

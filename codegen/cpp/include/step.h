@@ -10,8 +10,9 @@ typedef void (*Kernel)(const Step&, const int32_t* arguments, int part);
 
 // What Python hands over; all pointers outlive the call.
 struct Call {
-    int64_t rows, results, capacity, slots;
+    int64_t rows, results, slots;
     const int64_t *sequences, *parents, *lengths, *wanted;
+    const int64_t* sizes;        // of each state: its capacity, and the pages that a kv head may have
     void* const* addresses;      // arrays, weights and states, by number
     const int32_t* schedule;     // for each kernel to run: its number, and where its arguments start
     const int32_t* arguments;
@@ -36,6 +37,8 @@ struct Step {
     }
 
     template <class T> T* array(int32_t number) const { return (T*)call.addresses[number]; }
+    int64_t capacity(int32_t state) const { return call.sizes[2 * state]; }
+    int64_t pages(int32_t state) const { return call.sizes[2 * state + 1]; }
     int64_t count(char rows) const { return rows == 'R' ? call.results : call.rows; }
     // Whether the mask of some row is as wanted. The first part of the kernel that counts for its guard, the others having
     // -1 in the place of its number, adds this call to what is known of it.

@@ -1,0 +1,322 @@
+// Pages of small integers with a scale and a least value for each group (compiler/kv/codecs.py: Affine).
+//
+// In bfloat16 nothing is decoded: products are summed with the codes themselves, which bfloat16 holds exactly, and scales
+// are multiplied into what they are multiplied with, queries and weights. 0x4300 | n is 128 + n in bfloat16 for n < 128.
+#pragma once
+#include "tiles.h"
+
+namespace graft {
+
+// The far entries of one slot and kv head.
+template <class T> struct Far {
+    const T* tail;  // its first place
+    int64_t width;  // elements from one place to the next
+    const uint8_t* pages;
+    int64_t page_bytes;
+    const int32_t* table;  // the numbers of its pages
+    int64_t count;         // entries
+
+    const uint8_t* page(int64_t number) const { return pages + table[number] * page_bytes; }
+};
+
+// Sixteen pairs of codes, the first of a pair in the low half of a lane.
+template <int BITS> INLINE u32v code_pairs(const uint8_t* from) {
+    u32v x;
+    if constexpr (BITS == 8) {
+        u16v both;
+        memcpy(&both, from, sizeof both);
+#if defined(__AVX512F__)
+        x = bits<u32v>(_mm512_cvtepu16_epi32(bits<__m256i>(both)));
+#else
+        x = __builtin_convertvector(both, u32v);
+#endif
+        return (x | x << 8) & 0x00ff00ff;
+    } else if constexpr (BITS == 4) {
+        typedef uint8_t u8v __attribute__((vector_size(16)));
+        u8v both;
+        memcpy(&both, from, sizeof both);
+#if defined(__AVX512F__)
+        x = bits<u32v>(_mm512_cvtepu8_epi32(bits<__m128i>(both)));
+#else
+        x = __builtin_convertvector(both, u32v);
+#endif
+        return (x | x << 12) & 0x000f000f;
+    } else {
+        typedef uint8_t u8h __attribute__((vector_size(8)));
+        typedef uint64_t u64v __attribute__((vector_size(64)));
+        u8h four;
+        memcpy(&four, from, sizeof four);
+#if defined(__AVX512F__)
+        const u64v wide = bits<u64v>(_mm512_cvtepu8_epi64(_mm_set_epi64x(0, bits<long long>(four))));
+#else
+        const u64v wide = __builtin_convertvector(four, u64v);
+#endif
+        x = bits<u32v>(wide | wide << 28);
+        return (x | x << 14) & 0x00030003;
+    }
+}
+
+// The same as pairs of bfloat16: the codes, and this much more.
+template <int BITS> constexpr float EXCESS = BITS < 8 ? 128 : 0;
+template <int BITS> INLINE u32v bf16_pairs(const uint8_t* from) {
+    const u32v x = code_pairs<BITS>(from);
+    if constexpr (BITS < 8) return x | 0x43004300;
+    const f32v low = __builtin_convertvector(bits<i32v>(x & 0xffff), f32v);
+    const f32v high = __builtin_convertvector(bits<i32v>(x >> 16), f32v);
+    return bits<u32v>(low) >> 16 | bits<u32v>(high);
+}
+
+INLINE void decoded(u32v pairs, f32v& low, f32v& high) {
+    low = __builtin_convertvector(bits<i32v>(pairs & 0xffff), f32v);
+    high = __builtin_convertvector(bits<i32v>(pairs >> 16), f32v);
+}
+INLINE void decoded(u32v pairs, f64v& low, f64v& high) {
+    f32v few, more;
+    decoded(pairs, few, more);
+    low = to_f64(few), high = to_f64(more);
+}
+
+INLINE f32v widened(f32v x, f32v) { return x; }
+INLINE f64v widened(f32v x, f64v) { return to_f64(x); }
+INLINE float sum_of(f32v x) {
+    return fold<float>(x, [](auto a, auto b) { return a + b; });
+}
+
+template <class T, int KD, int VD, int KEY_BITS, int VALUE_BITS, int BY_CHANNEL, int KEY_GROUP, int VALUE_GROUP>
+struct Affine {
+    typedef computing<T> C;
+    static constexpr bool in_rows = false;
+    static constexpr int key_dim = KD;
+    static constexpr int PAIRS = (KD + 1) / 2, PARTS = (VD + LANES - 1) / LANES;
+    // Groups of the channels of one token, or of one channel's tokens.
+    static constexpr int KEY_GROUPS = BY_CHANNEL ? KEYS / KEY_GROUP : (KD + KEY_GROUP - 1) / KEY_GROUP;
+    static constexpr int VALUE_GROUPS = (VD + VALUE_GROUP - 1) / VALUE_GROUP;
+    static constexpr int KEY_SCALES = KEY_GROUPS * (BY_CHANNEL ? KD : KEYS), VALUE_SCALES = KEYS * VALUE_GROUPS;
+    // Bytes of sixteen pairs of codes; what stands in front of the sections of a page.
+    static constexpr int KEY_STEP = 4 * KEY_BITS, VALUE_STEP = 4 * VALUE_BITS;
+    static constexpr int VALUE_CODES = TILES * PAIRS * KEY_STEP;
+    static constexpr int KEY_SCALE = VALUE_CODES + KEYS / 2 * PARTS * VALUE_STEP;
+    static constexpr int KEY_LEAST = KEY_SCALE + 2 * KEY_SCALES;
+    static constexpr int VALUE_SCALE = KEY_LEAST + 2 * KEY_SCALES, VALUE_LEAST = VALUE_SCALE + 2 * VALUE_SCALES;
+
+    static const uint8_t* page(const Far<T>& far, int64_t number) { return far.page(number); }
+    static const f16* halves(const uint8_t* page, int section) { return (const f16*)(page + section); }
+
+    template <int BITS> static int code(const uint8_t* from, int index) {
+        return from[index * BITS / 8] >> index * BITS % 8 & ((1 << BITS) - 1);
+    }
+    static void row(const Far<T>&, const uint8_t* page, int64_t entry, T* key, T* value) {
+        const auto put = [&](int code, int section, int group, int groups, T& to) {
+            const float scale = widen(halves(page, section)[group]), least = widen(halves(page, section + 2 * groups)[group]);
+            narrow(C(code * scale + least), to);
+        };
+        const int token = int(entry), first = token / TILE * PAIRS * TILE + token % TILE;
+        for (int d = 0; d < KD; ++d) {
+            const int group = BY_CHANNEL ? token / KEY_GROUP * KD + d : d / KEY_GROUP * KEYS + token;
+            put(code<KEY_BITS>(page, 2 * (first + d / 2 * TILE) + d % 2), KEY_SCALE, group, KEY_SCALES, key[d]);
+        }
+        for (int d = 0; d < VD; ++d) {
+            const int at = 2 * (token / 2 * PARTS * LANES + d) + token % 2, group = token * VALUE_GROUPS + d / VALUE_GROUP;
+            put(code<VALUE_BITS>(page + VALUE_CODES, at), VALUE_SCALE, group, VALUE_SCALES, value[d]);
+        }
+    }
+
+    // A page of which so many entries count, for so many queries; `own` gives each of them, KD elements.
+    template <class A, class Own> static void attend(A& a, const uint8_t* page, int count, int64_t queries, Own own) {
+        ValueScales scales;
+        scales.fill(page, count);
+        if constexpr (PAIRED<T>) {
+            constexpr int few = most(1, least(4, REGISTERS / 4));
+            some<few>(queries, [&](auto n, int64_t at) { score<n.value>(a, page, at, own); });
+            for (int64_t i = 0; i < queries; ++i) a.queries[i].weigh(0, count);
+            some<A::SUMMED>(queries, [&](auto n, int64_t at) { add<n.value>(a, page, count, scales, at); });
+        } else {
+            typedef KeyTile<T, KD> Tile;
+            auto* const factors = new typename Tile::Factor[queries * KD];
+            for (int64_t i = 0; i < queries; ++i) Tile::place(own(i), factors + i, queries);
+            Tile tile;
+            for (int at = 0; at < TILES; ++at) {
+                fill(tile, page, at);
+                a.score(tile, at, 0, queries, factors);
+            }
+            delete[] factors;
+            for (int64_t i = 0; i < queries; ++i) a.queries[i].weigh(0, count);
+            Values<T, VD> values;
+            fill(values, page, scales);
+            a.template add_some<A::SUMMED>(values, 0, TILES, 0, queries);
+        }
+    }
+
+  private:
+    template <int N> struct Number { static constexpr int value = N; };
+    // Calls work(N, first) over all queries, as many at a time as may be.
+    template <int N, class Work> static INLINE void some(int64_t queries, Work work, int64_t at = 0) {
+        for (; at + N <= queries; at += N) work(Number<N>{}, at);
+        if constexpr (N > 1) some<N - 1>(queries, work, at);
+    }
+
+    // Scales of values and least values, group by group; zero behind the entries that count.
+    struct ValueScales {
+        alignas(64) float scale[VALUE_GROUPS][KEYS], least[VALUE_GROUPS][KEYS];
+
+        void fill(const uint8_t* page, int count) {
+            apart(halves(page, VALUE_SCALE), scale, count), apart(halves(page, VALUE_LEAST), least, count);
+        }
+        static void apart(const f16* from, float (&to)[VALUE_GROUPS][KEYS], int count) {
+            constexpr i32v even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+            for (int tile = 0; tile < TILES; ++tile) {
+                f32v lanes[VALUE_GROUPS];
+                if constexpr (VALUE_GROUPS <= 2) {
+                    for (int i = 0; i < VALUE_GROUPS; ++i) lanes[i] = widen(from + (tile * VALUE_GROUPS + i) * LANES);
+                    if constexpr (VALUE_GROUPS == 2) {
+                        const f32v odd = __builtin_shuffle(lanes[0], lanes[1], even + 1);
+                        lanes[0] = __builtin_shuffle(lanes[0], lanes[1], even), lanes[1] = odd;
+                    }
+                } else {
+                    for (int i = 0; i < VALUE_GROUPS; ++i)
+                        lanes[i] = load_strided(from + tile * LANES * VALUE_GROUPS + i, VALUE_GROUPS, Whole{});
+                }
+                for (int i = 0; i < VALUE_GROUPS; ++i)
+                    narrow(lanes_below(count - tile * TILE, lanes[i]) ? lanes[i] : f32v{}, to[i] + tile * TILE);
+            }
+        }
+    };
+
+    // Factors of a query for the codes of a group of tokens, and what is to be added to the products' sum.
+    static INLINE float fold_scale(const T* query, const uint8_t* page, int group, bf16* factors) {
+        const f16 *scale = halves(page, KEY_SCALE) + group * KD, *least = halves(page, KEY_LEAST) + group * KD;
+        f32v rest{};
+        sweep<KD>([&](int64_t d, auto lanes) {
+            const f32v x = load(query + d, lanes);
+            narrow(x * load(scale + d, lanes), factors + d);
+            rest = fma(x, load(least + d, lanes), fma(widen(factors + d), splat(-EXCESS<KEY_BITS>), rest));
+        });
+        return sum_of(rest);
+    }
+
+    // Products of codes from pair `first` to pair `last` with the factors of N queries, for M tiles.
+    template <int M, int N, size_t size>
+    static INLINE void multiply(f32v (&sums)[M][N], const uint8_t* page, int tile, int first, int last, const bf16 (&factors)[N][size]) {
+        for (int pair = first; pair < last; ++pair) {
+            u32v codes[M];
+            for (int m = 0; m < M; ++m) codes[m] = bf16_pairs<KEY_BITS>(page + ((tile + m) * PAIRS + pair) * KEY_STEP);
+            for (int i = 0; i < N; ++i) {
+                uint32_t factor;
+                memcpy(&factor, factors[i] + 2 * pair, sizeof factor);
+                for (int m = 0; m < M; ++m) multiply_pair(sums[m][i], codes[m], factor);
+            }
+        }
+    }
+
+    template <int N, class A, class Own> static void score(A& a, const uint8_t* page, int64_t query, Own own) {
+        constexpr int M = BY_CHANNEL ? least(2, KEY_GROUP / TILE) : 2;
+        alignas(64) bf16 factors[N][(KD + LANES - 1) / LANES * LANES];
+        float rest[N][BY_CHANNEL ? 1 : KEY_GROUPS];  // by token: sums of a query's factors
+        const auto put = [&](f32v sum, int i, int tile) { narrow(a.scoring(sum), a.queries[query + i].scores + tile * TILE); };
+        if constexpr (BY_CHANNEL) {
+            for (int tile = 0; tile < TILES; tile += M) {
+                if (tile * TILE % KEY_GROUP == 0)
+                    for (int i = 0; i < N; ++i)
+                        rest[i][0] = fold_scale(own(query + i), page, tile * TILE / KEY_GROUP, factors[i]);
+                f32v sums[M][N] = {};
+                multiply<M, N>(sums, page, tile, 0, PAIRS, factors);
+                for (int m = 0; m < M; ++m)
+                    for (int i = 0; i < N; ++i) put(sums[m][i] + rest[i][0], i, tile + m);
+            }
+        } else {
+            for (int i = 0; i < N; ++i) {
+                f32v sums[KEY_GROUPS] = {};
+                sweep<KD>([&](int64_t d, auto lanes) {
+                    const f32v x = load(own(query + i) + d, lanes);
+                    narrow(x, factors[i] + d), sums[d / KEY_GROUP] += x;
+                });
+                for (int group = 0; group < KEY_GROUPS; ++group) rest[i][group] = sum_of(sums[group]);
+            }
+            for (int tile = 0; tile < TILES; tile += M) {
+                f32v total[M][N] = {};
+                for (int group = 0; group < KEY_GROUPS; ++group) {
+                    f32v sums[M][N] = {};
+                    multiply<M, N>(sums, page, tile, group * KEY_GROUP / 2, least(PAIRS, (group + 1) * KEY_GROUP / 2), factors);
+                    for (int m = 0; m < M; ++m) {
+                        const int at = group * KEYS + (tile + m) * TILE;
+                        const f32v scale = widen(halves(page, KEY_SCALE) + at), low = widen(halves(page, KEY_LEAST) + at);
+                        for (int i = 0; i < N; ++i) {
+                            const f32v codes = sums[m][i] - EXCESS<KEY_BITS> * rest[i][group];
+                            total[m][i] = fma(codes, scale, fma(low, splat(rest[i][group]), total[m][i]));
+                        }
+                    }
+                }
+                for (int m = 0; m < M; ++m)
+                    for (int i = 0; i < N; ++i) put(total[m][i], i, tile + m);
+            }
+        }
+    }
+
+    template <int N, class A>
+    static void add(A& a, const uint8_t* page, int count, const ValueScales& scales, int64_t query) {
+        alignas(64) bf16 factors[N][VALUE_GROUPS][KEYS];
+        float rest[N][VALUE_GROUPS];
+        f32v sums[N][PARTS];
+        for (int i = 0; i < N; ++i) {
+            for (int group = 0; group < VALUE_GROUPS; ++group) {
+                f32v more{};
+                for (int at = 0; at < KEYS; at += TILE) {
+                    const f32v weight = widen(a.queries[query + i].weights + at);
+                    bf16* const to = factors[i][group] + at;
+                    narrow(weight * widen(scales.scale[group] + at), to);
+                    more = fma(weight, widen(scales.least[group] + at), fma(widen(to), splat(-EXCESS<VALUE_BITS>), more));
+                }
+                rest[i][group] = sum_of(more);
+            }
+            for (int part = 0; part < PARTS; ++part) sums[i][part] = a.queries[query + i].gathered[part];
+        }
+        const uint8_t* codes = page + VALUE_CODES;
+        for (int step = 0; step < (count + 1) / 2; ++step)
+            for (int part = 0; part < PARTS; ++part, codes += VALUE_STEP) {
+                const u32v values = bf16_pairs<VALUE_BITS>(codes);
+                for (int i = 0; i < N; ++i) {
+                    uint32_t pair;
+                    memcpy(&pair, factors[i][part * LANES / VALUE_GROUP] + 2 * step, sizeof pair);
+                    multiply_pair(sums[i][part], values, pair);
+                }
+            }
+        for (int i = 0; i < N; ++i)
+            for (int part = 0; part < PARTS; ++part)
+                a.queries[query + i].gathered[part] = sums[i][part] + rest[i][part * LANES / VALUE_GROUP];
+    }
+
+    // Sixteen keys, decoded.
+    static void fill(KeyTile<T, KD>& tile, const uint8_t* page, int at) {
+        const f16 *scale = halves(page, KEY_SCALE), *low = halves(page, KEY_LEAST);
+        const auto put = [&](int d, vec<C> code) {
+            if constexpr (BY_CHANNEL) {
+                const int group = at * TILE / KEY_GROUP * KD + d;
+                tile.of[d] = fma(code, splat(C(widen(scale[group]))), splat(C(widen(low[group]))));
+            } else {
+                const int group = d / KEY_GROUP * KEYS + at * TILE;
+                tile.of[d] = fma(code, widened(widen(scale + group), code), widened(widen(low + group), code));
+            }
+        };
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            vec<C> even, odd;
+            decoded(code_pairs<KEY_BITS>(page + (at * PAIRS + pair) * KEY_STEP), even, odd);
+            put(2 * pair, even);
+            if (2 * pair + 1 < KD) put(2 * pair + 1, odd);
+        }
+    }
+
+    // All values, decoded; those of entries that do not count are zero.
+    static void fill(Values<T, VD>& values, const uint8_t* page, const ValueScales& scales) {
+        for (int token = 0; token < KEYS; token += 2)
+            for (int part = 0; part < PARTS; ++part) {
+                vec<C> code[2];
+                decoded(code_pairs<VALUE_BITS>(page + VALUE_CODES + (token / 2 * PARTS + part) * VALUE_STEP), code[0], code[1]);
+                const int group = part * LANES / VALUE_GROUP;
+                for (int i = 0; i < 2; ++i)
+                    values.of[token + i][part] = fma(code[i], splat(C(scales.scale[group][token + i])),
+                                                     splat(C(scales.least[group][token + i])));
+            }
+    }
+};
+
+}  // namespace graft

@@ -38,7 +38,8 @@ class Case:
     def state(self) -> KVState:
         query_dim = self.group * self.key_dim if self.queries else 0
         pages = Pages(self.codec, None, self.selection)
-        return KVState("kv", LAYER + 1, self.heads, self.key_dim, self.value_dim, self.dtype, query_dim, pages)
+        sizes = (LAYER + 1, self.heads, self.key_dim, self.value_dim)
+        return KVState("kv", *sizes, self.dtype, query_dim, pages=pages)
 
     @property
     def row_inputs(self) -> tuple[Input, ...]:

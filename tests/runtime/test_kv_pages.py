@@ -25,7 +25,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False, "eos_token_i
 
 @cache
 def compiled(*target: graft.Pass, draft: tuple[graft.Drafter, ...] = ()) -> graft.CompiledModel:
-    model = build("llama", max_position_embeddings=512, num_attention_heads=6, num_key_value_heads=3)
+    model = build("llama", max_position_embeddings=512, hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
     controller = graft.FixedBudget() if draft else None
     return graft.compile(model, graft.Plan(target=target, draft=draft, tree=graft.Tree(nodes=7), controller=controller))
 
@@ -106,7 +106,7 @@ def test_a_draft_on_a_compressed_target_reads_its_pages() -> None:
 def test_h2o_keeps_what_transformers_attention_weights_add_up_to() -> None:
     one = graft.CompressKV(graft.DensePages(), graft.H2O(ratio=0.5), prompt="dense")
     made, model = compiled(one), build(
-        "llama", max_position_embeddings=512, num_attention_heads=6, num_key_value_heads=3, attn_implementation="eager"
+        "llama", max_position_embeddings=512, hidden_size=96, num_attention_heads=6, num_key_value_heads=3, attn_implementation="eager"
     )  # fmt: skip
     slot = fed(made.decoder, PROMPT, 512, prompt=200)
     with torch.no_grad():

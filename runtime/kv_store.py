@@ -93,8 +93,8 @@ class KVStore:
 
     def base(self, state: KVState, slot: int) -> int:
         """The position of the first token that the slot has in the state's tensor."""
-        moves = state.pages is not None and not state.pages.codec.in_place
-        return self.far[state.name].cuts[slot] if moves else 0
+        one = self.far.get(state.name)
+        return 0 if one is None or one.layout.codec.in_place else one.cuts[slot]
 
     def append(self, slots: Sequence[int]) -> None:
         """Make room for one more row of each slot named, as often as it is named, and mark the rows uncommitted.

@@ -98,7 +98,7 @@ def test_a_draft_may_read_compressed_what_the_target_reads_as_it_is(one: graft.C
 
 def test_a_draft_on_a_compressed_target_reads_its_pages() -> None:
     ids = torch.tensor([PROMPT[:183]])
-    fast = compiled(FOUR, draft=(graft.SelfDraft(graft.DropBlock(1)),))
+    fast = compiled(FOUR, draft=(graft.SelfDraft(graft.DropBlock((1,))),))
     assert torch.equal(fast.generate(ids, **GREEDY), compiled(FOUR).generate(ids, **GREEDY))
     assert fast.stats["accepted"] > 0
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import graft
 from graft.runtime.decoder import Decoder, Rows
@@ -23,11 +24,15 @@ SINGLE = graft.CompressKV(selection=graft.DoubleSparsity(ratio=0.25, least=16, d
 GREEDY: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
+def tiny(**options: Any) -> PreTrainedModel:
+    sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+    return build("llama", max_position_embeddings=512, **sizes, **options)
+
+
 @cache
 def compiled(*target: graft.Pass, draft: tuple[graft.Drafter, ...] = ()) -> graft.CompiledModel:
-    model = build("llama", max_position_embeddings=512, hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
     controller = graft.FixedBudget() if draft else None
-    return graft.compile(model, graft.Plan(target=target, draft=draft, tree=graft.Tree(nodes=7), controller=controller))
+    return graft.compile(tiny(), graft.Plan(target=target, draft=draft, tree=graft.Tree(nodes=7), controller=controller))
 
 
 def fed(decoder: Decoder, tokens: list[int], step: int, prompt: int = 0) -> int:
@@ -105,9 +110,7 @@ def test_a_draft_on_a_compressed_target_reads_its_pages() -> None:
 
 def test_h2o_keeps_what_transformers_attention_weights_add_up_to() -> None:
     one = graft.CompressKV(graft.DensePages(), graft.H2O(ratio=0.5), prompt="dense")
-    made, model = compiled(one), build(
-        "llama", max_position_embeddings=512, hidden_size=96, num_attention_heads=6, num_key_value_heads=3, attn_implementation="eager"
-    )  # fmt: skip
+    made, model = compiled(one), tiny(attn_implementation="eager")
     slot = fed(made.decoder, PROMPT, 512, prompt=200)
     with torch.no_grad():
         weights = model(torch.tensor([PROMPT]), output_attentions=True).attentions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,11 @@ class CompiledModel:
         for one in self.executables[1:]:
             memory = {name: size + one.memory.get(name, 0) for name, size in memory.items()}
         memory |= {"packed weights": sum(packed.values())} if packed else {}
-        memory |= {"KV cache": sum(one.store.nbytes for one in decoders), "parameters released": self.released_bytes}
+        held = Counter[str]()
+        for one in decoders:
+            held.update(one.store.bytes)
+        memory |= {f"KV cache, {kind}" if kind != "dense" else "KV cache": size for kind, size in held.items()}
+        memory |= {"parameters released": self.released_bytes}
         return lossy_note(self.plan) + render_report(
             self.program.records,
             self.stats,

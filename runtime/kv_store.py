@@ -281,7 +281,15 @@ class KVOverlay:
     @property
     def nbytes(self) -> int:
         """Bytes of its own: pages alone."""
-        return sum(sum(one.bytes.values()) for one in self.far.values())
+        return sum(self.bytes.values())
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """See `KVStore.bytes`."""
+        found: Counter[str] = Counter()
+        for one in self.far.values():
+            found.update(one.bytes)
+        return dict(found)
 
     def open(self, prompt: int = 0) -> int:
         """Slots are the store's."""

@@ -134,7 +134,8 @@ class ModelDrafting(FunctionDrafting):
             rows, left, chunks = Rows(), PROMPT_ROWS, []
             for context, one in zip(contexts, held, strict=True):
                 fed = self.exact.length(one.slot)
-                chunk = context.tokens[fed : fed + left]
+                ahead = self.exact.room(one.slot)
+                chunk = context.tokens[fed : fed + (left if ahead is None else min(left, ahead))]
                 if chunk:
                     rows.add_chain(one.slot, chunk, fed)
                     chunks.append((one, len(chunk)))

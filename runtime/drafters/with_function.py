@@ -111,16 +111,22 @@ class FunctionDrafting(ABC):
         if not chosen:
             return trees
         roots = self.catch_up([contexts[index] for index in chosen])
-        growing = []
+        growing: dict[int, Growing] = {}
         for index, root in zip(chosen, roots, strict=True):
-            context, tree = contexts[index], trees[index]
-            growth = self.policy.grow(tree, room[index], by_level=True)
-            growing.append(Growing(context=context, slot=self.slot(context), root=root, tree=tree, growth=growth))
-        for one in growing:
+            context, tree, ahead = contexts[index], trees[index], self.decoder.room(self.slot(contexts[index]))
+            # What is drafted is forgotten again, so a cut must not move meanwhile.
+            nodes = room[index] if ahead is None else min(room[index], ahead - 1)
+            if nodes <= 0:
+                self.settle(context)
+                continue
+            growth = self.policy.grow(tree, nodes, by_level=True)
+            slot = self.slot(context)
+            growing[index] = Growing(context=context, slot=slot, root=root, tree=tree, growth=growth)
+        for one in growing.values():
             one.send(None)
-        while any(not one.done for one in growing):
-            self.grow_level([one for one in growing if not one.done])
-        for index, one in zip(chosen, growing, strict=True):
+        while any(not one.done for one in growing.values()):
+            self.grow_level([one for one in growing.values() if not one.done])
+        for index, one in growing.items():
             self.settle(one.context)
             trees[index] = one.tree
         return trees

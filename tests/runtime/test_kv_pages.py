@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +186,19 @@ def test_what_does_not_go_together_is_refused_before_anything_runs() -> None:
     ):
         with pytest.raises(graft.PlanError, match=match):
             graft.CompressKV(**options)  # type: ignore[arg-type]
+
+
+def test_a_draft_model_may_have_a_compressed_cache_of_its_own() -> None:
+    ids = torch.tensor([PROMPT[:150]])
+    fast = compiled(draft=(graft.DraftModel(compiled(FOUR)),))
+    assert torch.equal(fast.generate(ids, **GREEDY), compiled().generate(ids, **GREEDY))
+    assert fast.stats["accepted"] > 20
+
+
+def test_a_compressed_model_is_saved_and_loaded_as_it_is(tmp_path: Path) -> None:
+    ids = torch.tensor([PROMPT[:150]])
+    made = compiled(SPARSE)
+    made.save(tmp_path / "model")
+    held = graft.load(tmp_path / "model")
+    assert held.program["forward"].states == made.program["forward"].states
+    assert torch.equal(held.generate(ids, **GREEDY), made.generate(ids, **GREEDY))

@@ -40,6 +40,7 @@ from graft.compiler.kv.eviction import (
     SnapKV,
     StreamingLLM,
 )
+from graft.compiler.kv.residual_codecs import Bitmap, Gear
 from graft.compiler.kv.selection import DoubleSparsity, PageBounds, PageMeans, Selection
 from graft.compiler.nodes import Value, new_node
 from graft.compiler.passing import Pass, View, approximate, exact, lossless
@@ -82,6 +83,7 @@ __all__ = [
     "Adaptive",
     "Affine",
     "BestFirst",
+    "Bitmap",
     "Cached",
     "Canonicalise",
     "CaptureError",
@@ -107,6 +109,7 @@ __all__ = [
     "Eviction",
     "Fixed",
     "FixedBudget",
+    "Gear",
     "GenerationError",
     "GraftError",
     "GreedyWalk",

@@ -11,6 +11,7 @@ from torch import Tensor
 from graft.compiler.errors import PlanError
 from graft.compiler.kv.attention import kv_attend_pages
 from graft.compiler.kv.codecs import PAGE, Affine, Codec, Content, DensePages, KeyChannels
+from graft.compiler.kv.residual_codecs import Bitmap, Gear
 from graft.compiler.kv.selection import DoubleSparsity, PageBounds, PageMeans, Selection
 from graft.compiler.spec import show
 
@@ -71,6 +72,38 @@ def test_a_page_says_what_the_formula_says(codec: Codec, sizes: tuple[int, int])
         whole[:, stays] = kept
         torch.testing.assert_close(found[0][head], whole, rtol=0, atol=1e-6)
         torch.testing.assert_close(found[1][head], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gear_is_the_inner_codec_the_outliers_and_a_low_rank_rest(dtype: torch.dtype) -> None:
+    keys, values = numbers(2, PAGE, 32), numbers(2, PAGE, 48, seed=1)
+    keys[0, 5, 7], values[1, 63, 47] = 40.0, -30.0
+    direction = numbers(32, seed=5)
+    content = Content(keys.to(dtype), values.to(dtype))
+    gear = Gear(rank=4, outliers=2 / (PAGE * 32), inner=Affine(2, 2))
+    pages = gear.encode(content)
+    assert pages.shape[-1] == gear.page_bytes(32, 48, dtype)
+    found = gear.decode(pages, 32, 48, dtype)
+    assert abs(float(found[0][0, 5, 7]) - 40) < 1 and abs(float(found[1][1, 63, 47]) + 30) < 1
+    smooth = keys.clone()
+    smooth[0, 5, 7] = direction[0]
+    plain = Affine(2, 2).decode(Affine(2, 2).encode(Content(smooth, values)), 32, 48, torch.float32)
+    rest = smooth[1] - plain[0][1]
+    u, s, v = torch.linalg.svd(rest)
+    best = rest - (u[:, :4] * s[:4]) @ v[:4]
+    # Power iteration comes near the best matrix of that rank, which is the singular values' own.
+    assert (found[0][1] - keys[1]).norm() < 1.06 * best.norm() < rest.norm()
+
+
+def test_a_bitmap_keeps_the_largest_numbers_of_every_token() -> None:
+    content = Content(numbers(2, PAGE, 20), numbers(2, PAGE, 48, seed=1))
+    bitmap = Bitmap(0.3)
+    pages = bitmap.encode(content)
+    assert pages.shape[-1] == bitmap.page_bytes(20, 48, torch.float32)
+    for rows, found in zip((content.keys, content.values), bitmap.decode(pages, 20, 48, torch.float32), strict=True):
+        kept = round(0.3 * rows.shape[-1])
+        least = rows.abs().sort(-1, descending=True).values[..., kept - 1 : kept]
+        assert torch.equal(found, torch.where(rows.abs() >= least, rows, 0.0))
 
 
 def test_four_bits_take_five_bits_a_number_with_everything_and_half_the_channels_a_little_more_than_half() -> None:

@@ -33,7 +33,8 @@ def tiny(**options: Any) -> PreTrainedModel:
 @cache
 def compiled(*target: graft.Pass, draft: tuple[graft.Drafter, ...] = ()) -> graft.CompiledModel:
     controller = graft.FixedBudget() if draft else None
-    return graft.compile(tiny(), graft.Plan(target=target, draft=draft, tree=graft.Tree(nodes=7), controller=controller))
+    plan = graft.Plan(target=target, draft=draft, tree=graft.Tree(nodes=7), controller=controller)
+    return graft.compile(tiny(), plan)
 
 
 def fed(decoder: Decoder, tokens: list[int], step: int, prompt: int = 0) -> int:

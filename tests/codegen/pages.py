@@ -16,9 +16,6 @@ from graft.compiler.kv.selection import Selection
 from graft.compiler.program import FLAT, Function, Input, KVState
 from graft.compiler.spec import show
 
-LAYER = 2
-
-
 @dataclass(frozen=True)
 class Case:
     """An attention."""
@@ -33,12 +30,13 @@ class Case:
     softcap: float = 0.0
     queries: bool = False
     """Whether queries are kept beside keys."""
+    layers: int = 3
 
     @property
     def state(self) -> KVState:
         query_dim = self.group * self.key_dim if self.queries else 0
         pages = Pages(self.codec, None, self.selection)
-        sizes = (LAYER + 1, self.heads, self.key_dim, self.value_dim)
+        sizes = (self.layers, self.heads, self.key_dim, self.value_dim)
         return KVState("kv", *sizes, self.dtype, query_dim, pages=pages)
 
     @property
@@ -51,7 +49,7 @@ class Case:
     def scale(self) -> float:
         return self.key_dim**-0.5
 
-    def function(self, layers: Sequence[int] = (LAYER,)) -> Function:
+    def function(self, layers: Sequence[int] = (2,)) -> Function:
         """Appends and attends in each of these layers, with the same keys and queries."""
         state, graph = self.state, fx.Graph()
         names = [spec.name for spec in (*FLAT, *self.row_inputs, state.input, *state.far_inputs)]

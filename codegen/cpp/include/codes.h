@@ -2,6 +2,8 @@
 //
 // In bfloat16 nothing is decoded: products are summed with the codes themselves, which bfloat16 holds exactly, and scales
 // are multiplied into what they are multiplied with, queries and weights. 0x4300 | n is 128 + n in bfloat16 for n < 128.
+// Rounding those products to bfloat16 then counts for a number's distance from the middle of its group, because the
+// middle is added for itself.
 #pragma once
 #include "tiles.h"
 
@@ -58,6 +60,7 @@ template <int BITS> INLINE u32v code_pairs(const uint8_t* from) {
 
 // The same as pairs of bfloat16: the codes, and this much more.
 template <int BITS> constexpr float EXCESS = BITS < 8 ? 128 : 0;
+template <int BITS> constexpr float MIDDLE = ((1 << BITS) - 1) / 2.0f;
 template <int BITS> INLINE u32v bf16_pairs(const uint8_t* from) {
     const u32v x = code_pairs<BITS>(from);
     if constexpr (BITS < 8) return x | 0x43004300;
@@ -65,6 +68,28 @@ template <int BITS> INLINE u32v bf16_pairs(const uint8_t* from) {
     const f32v high = __builtin_convertvector(bits<i32v>(x >> 16), f32v);
     return bits<u32v>(low) >> 16 | bits<u32v>(high);
 }
+
+// Rounds to bfloat16; returns what it has become.
+INLINE f32v rounded_factors(f32v x, bf16* to) {
+#if defined(__AVX512BF16__)
+    const __m256i narrowed = bits<__m256i>(_mm512_cvtneps_pbh((__m512)x));
+    _mm256_storeu_si256((__m256i*)to, narrowed);
+    return bits<f32v>(bits<u32v>(_mm512_cvtepu16_epi32(narrowed)) << 16);
+#else
+    narrow(x, to);
+    return widen(to);
+#endif
+}
+
+// Brings so many bytes nearer, a part with every call.
+template <int BYTES, int CALLS> struct Nearing {
+    static constexpr int each = (BYTES + 64 * CALLS - 1) / (64 * CALLS);
+    const char* from;
+
+    INLINE void operator()() {
+        for (int line = 0; line < each; ++line, from += 64) __builtin_prefetch(from, 0, 2);
+    }
+};
 
 INLINE void decoded(u32v pairs, f32v& low, f32v& high) {
     low = __builtin_convertvector(bits<i32v>(pairs & 0xffff), f32v);
@@ -99,6 +124,11 @@ struct Affine {
     static constexpr int KEY_LEAST = KEY_SCALE + 2 * KEY_SCALES;
     static constexpr int VALUE_SCALE = KEY_LEAST + 2 * KEY_SCALES, VALUE_LEAST = VALUE_SCALE + 2 * VALUE_SCALES;
 
+    static constexpr int BYTES = (VALUE_LEAST + 2 * VALUE_SCALES + 63) / 64 * 64;
+    // Tiles that are worked on together; steps of the work on a page, of which each brings a part of the next one nearer.
+    static constexpr int M = BY_CHANNEL ? least(2, KEY_GROUP / TILE) : 2, STEPS = TILES / M * PAIRS + KEYS / 2;
+    typedef Nearing<BYTES, STEPS> Next;
+
     static const uint8_t* page(const Far<T>& far, int64_t number) { return far.page(number); }
     static const f16* halves(const uint8_t* page, int section) { return (const f16*)(page + section); }
 
@@ -121,19 +151,22 @@ struct Affine {
         }
     }
 
-    // A page of which so many entries count, for so many queries; `own` gives each of them, KD elements.
-    template <class A, class Own> static void attend(A& a, const uint8_t* page, int count, int64_t queries, Own own) {
+    // A page of which so many entries count, for so many queries, of KD elements each; `next` is the page after it.
+    template <class A>
+    static void attend(A& a, const uint8_t* page, const uint8_t* next, int count, int64_t queries, const T* const* own) {
         ValueScales scales;
         scales.fill(page, count);
         if constexpr (PAIRED<T>) {
+            Next ahead{(const char*)next};
             constexpr int few = most(1, least(4, REGISTERS / 4));
-            some<few>(queries, [&](auto n, int64_t at) { score<n.value>(a, page, at, own); });
+            some<few>(queries, [&](auto n, int64_t at) { score<n.value>(a, page, at, own, ahead); });
             for (int64_t i = 0; i < queries; ++i) a.queries[i].weigh(0, count);
-            some<A::SUMMED>(queries, [&](auto n, int64_t at) { add<n.value>(a, page, count, scales, at); });
+            some<A::SUMMED>(queries, [&](auto n, int64_t at) { add<n.value>(a, page, count, scales, at, ahead); });
         } else {
+            for (int byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(next + byte, 0, 2);
             typedef KeyTile<T, KD> Tile;
             auto* const factors = new typename Tile::Factor[queries * KD];
-            for (int64_t i = 0; i < queries; ++i) Tile::place(own(i), factors + i, queries);
+            for (int64_t i = 0; i < queries; ++i) Tile::place(own[i], factors + i, queries);
             Tile tile;
             for (int at = 0; at < TILES; ++at) {
                 fill(tile, page, at);
@@ -155,12 +188,19 @@ struct Affine {
         if constexpr (N > 1) some<N - 1>(queries, work, at);
     }
 
-    // Scales of values and least values, group by group; zero behind the entries that count.
+    // Scales of values, and the value of code 0 (where codes are not decoded, of a code in the middle), group by group;
+    // zero behind the entries that count.
     struct ValueScales {
-        alignas(64) float scale[VALUE_GROUPS][KEYS], least[VALUE_GROUPS][KEYS];
+        alignas(64) float scale[VALUE_GROUPS][KEYS], base[VALUE_GROUPS][KEYS];
 
         void fill(const uint8_t* page, int count) {
-            apart(halves(page, VALUE_SCALE), scale, count), apart(halves(page, VALUE_LEAST), least, count);
+            apart(halves(page, VALUE_SCALE), scale, count), apart(halves(page, VALUE_LEAST), base, count);
+            if constexpr (PAIRED<T>)
+                for (int group = 0; group < VALUE_GROUPS; ++group)
+                    for (int at = 0; at < KEYS; at += LANES) {
+                        const f32v x = widen(scale[group] + at);
+                        narrow(fma(x, splat(MIDDLE<VALUE_BITS>), widen(base[group] + at)), base[group] + at);
+                    }
         }
         static void apart(const f16* from, float (&to)[VALUE_GROUPS][KEYS], int count) {
             constexpr i32v even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
@@ -182,52 +222,57 @@ struct Affine {
         }
     };
 
-    // Factors of a query for the codes of a group of tokens, and what is to be added to the products' sum.
-    static INLINE float fold_scale(const T* query, const uint8_t* page, int group, bf16* factors) {
-        const f16 *scale = halves(page, KEY_SCALE) + group * KD, *least = halves(page, KEY_LEAST) + group * KD;
-        f32v rest{};
+    // Factors of N queries for the codes of a group of tokens, and what is to be added to the products' sums.
+    template <int N, size_t size>
+    static INLINE void fold_scales(const T* const* own, const uint8_t* page, int group, bf16 (&factors)[N][size], float* rest) {
+        const f16 *scales = halves(page, KEY_SCALE) + group * KD, *least = halves(page, KEY_LEAST) + group * KD;
+        f32v sums[N] = {};
         sweep<KD>([&](int64_t d, auto lanes) {
-            const f32v x = load(query + d, lanes);
-            narrow(x * load(scale + d, lanes), factors + d);
-            rest = fma(x, load(least + d, lanes), fma(widen(factors + d), splat(-EXCESS<KEY_BITS>), rest));
+            const f32v scale = load(scales + d, lanes), middle = fma(scale, splat(MIDDLE<KEY_BITS>), load(least + d, lanes));
+            unrolled<N>([&](auto i) {
+                const f32v x = load(own[i] + d, lanes), factor = rounded_factors(x * scale, factors[i] + d);
+                sums[i] = fma(factor, splat(-EXCESS<KEY_BITS> - MIDDLE<KEY_BITS>), fma(x, middle, sums[i]));
+            });
         });
-        return sum_of(rest);
+        for (int i = 0; i < N; ++i) rest[i] = sum_of(sums[i]);
     }
 
     // Products of codes from pair `first` to pair `last` with the factors of N queries, for M tiles.
-    template <int M, int N, size_t size>
-    static INLINE void multiply(f32v (&sums)[M][N], const uint8_t* page, int tile, int first, int last, const bf16 (&factors)[N][size]) {
-        for (int pair = first; pair < last; ++pair) {
+    template <int N, size_t size>
+    static INLINE void multiply(f32v (&sums)[M][N], const uint8_t* page, int tile, int first, int last,
+                                const bf16 (&factors)[N][size], Next& ahead) {
+        const uint8_t* from = page + (tile * PAIRS + first) * KEY_STEP;
+        for (int pair = first; pair < last; ++pair, from += KEY_STEP) {
+            ahead();
             u32v codes[M];
-            for (int m = 0; m < M; ++m) codes[m] = bf16_pairs<KEY_BITS>(page + ((tile + m) * PAIRS + pair) * KEY_STEP);
-            for (int i = 0; i < N; ++i) {
+            unrolled<M>([&](auto m) { codes[m] = bf16_pairs<KEY_BITS>(from + m * (PAIRS * KEY_STEP)); });
+            unrolled<N>([&](auto i) {
                 uint32_t factor;
                 memcpy(&factor, factors[i] + 2 * pair, sizeof factor);
-                for (int m = 0; m < M; ++m) multiply_pair(sums[m][i], codes[m], factor);
-            }
+                unrolled<M>([&](auto m) { multiply_pair(sums[m][i], codes[m], factor); });
+            });
         }
     }
 
-    template <int N, class A, class Own> static void score(A& a, const uint8_t* page, int64_t query, Own own) {
-        constexpr int M = BY_CHANNEL ? least(2, KEY_GROUP / TILE) : 2;
+    template <int N, class A>
+    static void score(A& a, const uint8_t* page, int64_t query, const T* const* own, Next& ahead) {
         alignas(64) bf16 factors[N][(KD + LANES - 1) / LANES * LANES];
-        float rest[N][BY_CHANNEL ? 1 : KEY_GROUPS];  // by token: sums of a query's factors
         const auto put = [&](f32v sum, int i, int tile) { narrow(a.scoring(sum), a.queries[query + i].scores + tile * TILE); };
         if constexpr (BY_CHANNEL) {
+            float rest[N];
             for (int tile = 0; tile < TILES; tile += M) {
-                if (tile * TILE % KEY_GROUP == 0)
-                    for (int i = 0; i < N; ++i)
-                        rest[i][0] = fold_scale(own(query + i), page, tile * TILE / KEY_GROUP, factors[i]);
+                if (tile * TILE % KEY_GROUP == 0) fold_scales<N>(own + query, page, tile * TILE / KEY_GROUP, factors, rest);
                 f32v sums[M][N] = {};
-                multiply<M, N>(sums, page, tile, 0, PAIRS, factors);
+                multiply<N>(sums, page, tile, 0, PAIRS, factors, ahead);
                 for (int m = 0; m < M; ++m)
-                    for (int i = 0; i < N; ++i) put(sums[m][i] + rest[i][0], i, tile + m);
+                    for (int i = 0; i < N; ++i) put(sums[m][i] + rest[i], i, tile + m);
             }
         } else {
+            float rest[N][KEY_GROUPS];  // sums of a query's factors
             for (int i = 0; i < N; ++i) {
                 f32v sums[KEY_GROUPS] = {};
                 sweep<KD>([&](int64_t d, auto lanes) {
-                    const f32v x = load(own(query + i) + d, lanes);
+                    const f32v x = load(own[query + i] + d, lanes);
                     narrow(x, factors[i] + d), sums[d / KEY_GROUP] += x;
                 });
                 for (int group = 0; group < KEY_GROUPS; ++group) rest[i][group] = sum_of(sums[group]);
@@ -236,7 +281,8 @@ struct Affine {
                 f32v total[M][N] = {};
                 for (int group = 0; group < KEY_GROUPS; ++group) {
                     f32v sums[M][N] = {};
-                    multiply<M, N>(sums, page, tile, group * KEY_GROUP / 2, least(PAIRS, (group + 1) * KEY_GROUP / 2), factors);
+                    const int first = group * KEY_GROUP / 2, last = least(PAIRS, (group + 1) * KEY_GROUP / 2);
+                    multiply<N>(sums, page, tile, first, last, factors, ahead);
                     for (int m = 0; m < M; ++m) {
                         const int at = group * KEYS + (tile + m) * TILE;
                         const f32v scale = widen(halves(page, KEY_SCALE) + at), low = widen(halves(page, KEY_LEAST) + at);
@@ -253,36 +299,41 @@ struct Affine {
     }
 
     template <int N, class A>
-    static void add(A& a, const uint8_t* page, int count, const ValueScales& scales, int64_t query) {
+    static void add(A& a, const uint8_t* page, int count, const ValueScales& scales, int64_t query, Next& ahead) {
         alignas(64) bf16 factors[N][VALUE_GROUPS][KEYS];
         float rest[N][VALUE_GROUPS];
-        f32v sums[N][PARTS];
-        for (int i = 0; i < N; ++i) {
+        for (int i = 0; i < N; ++i)
             for (int group = 0; group < VALUE_GROUPS; ++group) {
                 f32v more{};
                 for (int at = 0; at < KEYS; at += TILE) {
                     const f32v weight = widen(a.queries[query + i].weights + at);
-                    bf16* const to = factors[i][group] + at;
-                    narrow(weight * widen(scales.scale[group] + at), to);
-                    more = fma(weight, widen(scales.least[group] + at), fma(widen(to), splat(-EXCESS<VALUE_BITS>), more));
+                    const f32v factor = rounded_factors(weight * widen(scales.scale[group] + at), factors[i][group] + at);
+                    more = fma(weight, widen(scales.base[group] + at), more);
+                    more = fma(factor, splat(-EXCESS<VALUE_BITS> - MIDDLE<VALUE_BITS>), more);
                 }
                 rest[i][group] = sum_of(more);
             }
-            for (int part = 0; part < PARTS; ++part) sums[i][part] = a.queries[query + i].gathered[part];
-        }
+        f32v sums[N][PARTS];
+        unrolled<N>([&](auto i) {
+            unrolled<PARTS>([&](auto part) { sums[i][part] = a.queries[query + i].gathered[part]; });
+        });
         const uint8_t* codes = page + VALUE_CODES;
-        for (int step = 0; step < (count + 1) / 2; ++step)
-            for (int part = 0; part < PARTS; ++part, codes += VALUE_STEP) {
-                const u32v values = bf16_pairs<VALUE_BITS>(codes);
-                for (int i = 0; i < N; ++i) {
+        for (int step = 0; step < (count + 1) / 2; ++step, codes += PARTS * VALUE_STEP) {
+            ahead();
+            unrolled<PARTS>([&](auto part) {
+                const u32v values = bf16_pairs<VALUE_BITS>(codes + part * VALUE_STEP);
+                unrolled<N>([&](auto i) {
                     uint32_t pair;
                     memcpy(&pair, factors[i][part * LANES / VALUE_GROUP] + 2 * step, sizeof pair);
                     multiply_pair(sums[i][part], values, pair);
-                }
-            }
-        for (int i = 0; i < N; ++i)
-            for (int part = 0; part < PARTS; ++part)
+                });
+            });
+        }
+        unrolled<N>([&](auto i) {
+            unrolled<PARTS>([&](auto part) {
                 a.queries[query + i].gathered[part] = sums[i][part] + rest[i][part * LANES / VALUE_GROUP];
+            });
+        });
     }
 
     // Sixteen keys, decoded.
@@ -314,7 +365,7 @@ struct Affine {
                 const int group = part * LANES / VALUE_GROUP;
                 for (int i = 0; i < 2; ++i)
                     values.of[token + i][part] = fma(code[i], splat(C(scales.scale[group][token + i])),
-                                                     splat(C(scales.least[group][token + i])));
+                                                     splat(C(scales.base[group][token + i])));
             }
     }
 };

@@ -60,10 +60,28 @@ template <class L> concept Narrowing = requires { typename L::Inner; };
 // The far entries of an Attention's rows. Queries have numbers: row after row, those of a row's group together.
 template <class A, class L> struct FarAttention {
     typedef typename A::Element T;
-    static constexpr int KD = A::key_dim, VD = A::value_dim;
+    static constexpr int KD = A::key_dim, VD = A::value_dim, KEPT = L::key_dim;
+    typedef KeyTile<T, KEPT> Tile;
 
     A& a;
     const Far<T>& far;
+    const int64_t count;                      // of queries
+    const T** const own;                      // where they lie
+    T* const narrow;                          // where keys have some channels: those of the queries
+    typename Tile::Factor* const factors;     // and their factors
+
+    FarAttention(A& a, const Far<T>& far)
+        : a(a), far(far), count(a.count * a.group), own(new const T*[count]),
+          narrow(Narrowing<L> ? new T[count * KEPT] : nullptr),
+          factors(Narrowing<L> ? new typename Tile::Factor[count * Tile::steps] : nullptr) {
+        for (int64_t i = 0; i < count; ++i) own[i] = Narrowing<L> ? narrow + i * KEPT : a.query(i);
+    }
+    FarAttention(const FarAttention&) = delete;
+    ~FarAttention() {
+        delete[] own;
+        delete[] narrow;
+        delete[] factors;
+    }
 
     // A block of entries that are rows, their keys of D elements, for the queries from `query` to `end`.
     template <int D>
@@ -92,50 +110,44 @@ template <class A, class L> struct FarAttention {
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char*)from + byte, 0, 2);
     }
 
-    // A page of which so many entries count, for all queries.
-    void page(int64_t number, int count) {
-        const uint8_t* const page = L::page(far, number);
-        if (far.count > (number + 1) * KEYS) {
-            const int64_t stride = std::is_same_v<L, InPlace<T, KD, VD>> ? far.width * sizeof(T) * KEYS : far.page_bytes;
-            expect(L::page(far, number + 1), stride);
-        }
+    // A page of which so many entries count, for all queries; `next` is the page after it.
+    void page(const uint8_t* page, const uint8_t* next, int entries) {
         if constexpr (Narrowing<L>) {
-            narrowed(page, count);
+            typedef typename L::Inner Inner;
+            for (int64_t i = 0; i < count; ++i) {
+                const T* query = a.query(i);
+                for (int d = 0; d < KEPT; ++d) narrow[i * KEPT + d] = query[page[d]];
+            }
+            if constexpr (Inner::in_rows) {
+                for (int64_t i = 0; i < count; ++i) Tile::place(narrow + i * KEPT, factors + i, count);
+                whole<Inner>(L::inner(page), next, entries, factors);
+            } else {
+                Inner::attend(a, L::inner(page), next, entries, count, own);
+            }
         } else if constexpr (L::in_rows) {
-            const T* entries[KEYS];
-            for (int i = 0; i < count; ++i) entries[i] = L::at(far, page, i);
-            rows<KD>(entries, count, a.factors, 0, a.count * a.group);
+            whole<L>(page, next, entries, a.factors);
         } else {
-            L::attend(a, page, count, a.count * a.group, [&](int64_t i) { return a.query(i); });
+            L::attend(a, page, next, entries, count, own);
         }
     }
 
-    // The same where keys have some channels: so have the queries, then.
-    void narrowed(const uint8_t* page, int count) {
-        typedef typename L::Inner Inner;
-        constexpr int KEPT = L::key_dim;
-        typedef KeyTile<T, KEPT> Tile;
-        const int64_t queries = a.count * a.group;
-        T* const narrow = new T[queries * KEPT];
-        for (int64_t i = 0; i < queries; ++i) {
-            const T* query = a.query(i);
-            for (int d = 0; d < KEPT; ++d) narrow[i * KEPT + d] = query[page[d]];
+    // A page of rows.
+    template <class Rows>
+    void whole(const uint8_t* page, const uint8_t* next, int entries, const typename Tile::Factor* factors) {
+        const T* at[KEYS];
+        for (int i = 0; i < entries; ++i) {
+            at[i] = Rows::at(far, page, i);
+            expect(Rows::at(far, next, i), (KEPT + VD) * sizeof(T));
         }
-        if constexpr (Inner::in_rows) {
-            const T* entries[KEYS];
-            for (int i = 0; i < count; ++i) entries[i] = Inner::at(far, L::inner(page), i);
-            auto* const factors = new typename Tile::Factor[queries * Tile::steps];
-            for (int64_t i = 0; i < queries; ++i) Tile::place(narrow + i * KEPT, factors + i, queries);
-            rows<KEPT>(entries, count, factors, 0, queries);
-            delete[] factors;
-        } else {
-            Inner::attend(a, L::inner(page), count, queries, [&](int64_t i) { return narrow + i * KEPT; });
-        }
-        delete[] narrow;
+        rows<KEPT>(at, entries, factors, 0, count);
     }
 
     void all() {
-        for (int64_t from = 0; from < far.count; from += KEYS) page(from / KEYS, int(least<int64_t>(far.count - from, KEYS)));
+        for (int64_t from = 0; from < far.count; from += KEYS) {
+            const uint8_t* const at = L::page(far, from / KEYS);
+            const uint8_t* const next = from + KEYS < far.count ? L::page(far, from / KEYS + 1) : at;
+            page(at, next, int(least<int64_t>(far.count - from, KEYS)));
+        }
     }
 
     // Chosen entries, for the queries of one row.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -222,6 +223,12 @@ INLINE bool any(i32v held) {
     return all;
 #endif
 }
+
+// Calls body(i) for i = 0 .. count - 1, each a constant, so that arrays they index can be registers.
+template <class Body, size_t... i> INLINE void unrolled(Body body, std::index_sequence<i...>) {
+    (body(std::integral_constant<int, int(i)>{}), ...);
+}
+template <int count, class Body> INLINE void unrolled(Body body) { unrolled(body, std::make_index_sequence<count>{}); }
 
 // Calls body(first element, lanes) over `count` elements.
 template <int64_t count, class Body> INLINE void sweep(Body body) {

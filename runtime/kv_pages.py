@@ -30,6 +30,11 @@ class Kept:
     scores: Tensor
     valid: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.positions.nbytes + self.scores.nbytes + self.valid.nbytes
+
 
 class FarTokens:
     """Pages of all slots. `cuts` says where each slot's far tokens end."""
@@ -57,6 +62,7 @@ class FarTokens:
             "pages": self.pages.nbytes,
             "labels": self.labels.nbytes + self.channels.nbytes,
             "tables": self.table.nbytes + self.counts.nbytes,
+            "eviction": sum(one.nbytes for one in self.kept.values()),
         }
 
     def inputs(self) -> list[Tensor]:
@@ -91,11 +97,10 @@ class FarTokens:
         """Make room for what the slot's cut leaves behind at the trigger `length`. Raises StateError if memory runs
         out; then nothing has changed."""
         state, moved = self.state, self.layout.cut(length) - self.cuts[slot]
-        own = self.layout.eviction is not None and self.layout.codec.exact
-        # Eviction writes all that is kept anew, beside what was kept before.
-        per_head = -(-int(self.counts[:, slot].max()) // PAGE) * own + moved // PAGE if moved > 0 else 0
-        self.widen(-(-int(self.counts[:, slot].max()) // PAGE) + moved // PAGE if moved > 0 else 0)
-        missing = per_head * state.layers * state.heads - len(self.free)
+        if moved <= 0:
+            return
+        self.widen(-(-int(self.counts[:, slot].max()) // PAGE) + moved // PAGE)
+        missing = self.needed(slot, length, moved) - len(self.free)
         if missing <= 0:
             return
         total = len(self.pages) + max(missing, len(self.pages) // 8)
@@ -111,6 +116,20 @@ class FarTokens:
             ) from error
         self.free += range(len(self.pages), total)
         self.pages, self.labels = grown
+
+    def needed(self, slot: int, length: int, moved: int) -> int:
+        """Pages that the slot needs at the trigger `length`, where its cut moves by so many tokens, besides those it
+        has."""
+        heads, layers, eviction = self.state.heads, self.state.layers, self.layout.eviction
+        if eviction is None or (eviction.once and self.cuts[slot]):
+            return moved // PAGE * heads * layers
+        far = int(self.counts[:, slot].max())
+        budget = eviction.budget(length, self.layout.cut(length))
+        if not self.layout.codec.exact:
+            return min(moved, max(0, budget - far)) // PAGE * heads * layers
+        # What is kept is written anew, into the pages it had and more.
+        each = -(-budget // PAGE) * heads if eviction.heads == "same" else -(-budget * heads // PAGE) + heads
+        return each * layers - int((-(-self.counts[:, slot] // PAGE)).sum())
 
     def grown(self, held: Tensor, count: int) -> Tensor:
         """The pages, and empty ones behind them."""

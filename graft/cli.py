@@ -26,6 +26,7 @@ examples:
   python -m graft inspect model/ --explain linear_3
   python -m graft inspect model/ --source
   python -m graft run model/ --prompt "The capital of France is" --max-new-tokens 32
+  python -m graft quality model/ --spec "target=compress-kv{codec=affine}" --text book.txt
   python -m graft train-heads model/ --data prompts.jsonl book.txt --out heads/
   python -m graft train-routers model/ --data book.txt --out routers/ --top-k 2
   python -m graft passes
@@ -86,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, metavar="N", help="seed for sampling")
     run.add_argument("--stats", action="store_true", help="print the report when done, on standard error")
     run.set_defaults(command=run_command)
+
+    quality = commands.add_parser("quality", help="measure what compressing the KV cache costs")
+    add_quality(quality)
+    quality.set_defaults(command=quality_command)
 
     train = commands.add_parser("train-heads", help="train draft heads for a model")
     add_training(train)
@@ -173,6 +178,33 @@ def routers_command(arguments: argparse.Namespace) -> None:
         cut = [one for text in (*texts.documents, *texts.prompts) for one in pieces(text, arguments.length)]
         figures = train_routers(model, cut, arguments.out, RouterOptions(**given), progress=progress)
     print(json.dumps(figures, indent=2))
+
+
+def add_quality(command: argparse.ArgumentParser) -> None:
+    """Options of `quality`; those of `graft.quality.Options` have its defaults."""
+    command.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
+    what = "of an arm, in %s; may be given several times"
+    command.add_argument("--plan", action="append", default=[], metavar="FILE", help=what % "TOML")
+    command.add_argument("--spec", action="append", default=[], metavar="TEXT", help=what % "one line")
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held text; none: Python's documentation")
+    command.add_argument("--documents", type=int, default=4, metavar="N", help="pieces of it (%(default)s)")
+    for name, help_text in (("context", "in front of what is compared"), ("tokens", "compared"),
+                            ("streamed", "of each text compressed on the way"), ("passkey-context", "of a passkey"),
+                            ("passkeys", ""), ("resamples", ""), ("seed", "")):  # fmt: skip
+        command.add_argument(f"--{name}", type=int, metavar="N", help=help_text and f"tokens {help_text}")
+    command.add_argument("--json", metavar="FILE", help='write all figures; "-": print them in place of the table')
+    command.add_argument("--use", action="append", default=[], metavar="FILE", help="a Python file that defines passes")
+    command.add_argument("--gguf", metavar="FILE", help="a GGUF file in MODEL")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored (default)")
+    command.add_argument("--backend", default="auto", help="as in graft.compile (%(default)s)")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def quality_command(arguments: argparse.Namespace) -> None:
+    """`quality`: measure, and print a table or figures."""
+    from graft.quality.command import run
+
+    run(arguments)
 
 
 def train_command(arguments: argparse.Namespace) -> None:

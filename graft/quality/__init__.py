@@ -1,0 +1,20 @@
+"""What compressing the KV cache costs: an arm for each plan beside the full cache, on held text and in memory."""
+
+from graft.quality.arms import Candidate
+from graft.quality.measuring import Options, measure
+from graft.quality.metrics import Bootstrap, Interval
+from graft.quality.report import Quality, Result
+from graft.quality.texts import Documents, own_documents, read_documents
+
+__all__ = [
+    "Bootstrap",
+    "Candidate",
+    "Documents",
+    "Interval",
+    "Options",
+    "Quality",
+    "Result",
+    "measure",
+    "own_documents",
+    "read_documents",
+]

@@ -7,6 +7,7 @@ other rows there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def attend_pages(
     q = whole(array(view.base.name)[:count], view)
     sinks = array(kernel.views[named["sinks"]].base.name).reshape(-1) if named["sinks"] is not None else None
     inputs = ("sequences", "parents", "lengths", "starts", "pages", "table", "counts", "labels", "channels")
-    far = {name: given[named[name].name] if named[name] is not None else None for name in inputs}
+    far: dict[str, Any] = {name: given[named[name].name] if named[name] is not None else None for name in inputs}
     options = {name: named[name] for name in ("layer", "value_dim", "scale", "softcap", "codec", "selection")}
     out = row_by_row(given[f"state {kernel.state}"], q, sinks=sinks, **far, **options)
     array(node.name)[:count].copy_(out.flatten(1))

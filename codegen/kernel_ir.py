@@ -208,7 +208,7 @@ class AttendKernel(Kernel):
 
 @dataclass(frozen=True)
 class AttendPagesKernel(Kernel):
-    """arrays[1] = attention of the queries arrays[0] over far entries and the tail; arrays[2], if any, holds the sinks."""
+    """arrays[1] = attention of queries arrays[0] over far entries and the tail; arrays[2], if any, holds the sinks."""
 
     state: int = 0
     layer: int = 0

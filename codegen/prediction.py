@@ -130,9 +130,12 @@ class Measured:
 
 
 def zero_states(states: Sequence[KVState], rows: int, context: int) -> tuple[list[Tensor], list[Tensor]]:
-    """States of zeros for steps over `rows` rows behind `context` tokens of one sequence, and their far inputs. Pages are
-    all different, so that reading them takes what it takes."""
-    tensors, given = [], []
+    """States of zeros for steps over `rows` rows behind `context` tokens of one sequence, and their far inputs.
+
+    Pages are all different, so that reading them takes what it takes.
+    """
+    tensors: list[Tensor] = []
+    given: list[Tensor] = []
     for state in states:
         far = kept = 0
         if state.pages is not None:

@@ -96,7 +96,7 @@ def call_nodes(graph: fx.Graph, targets: Iterable[Callable]) -> list[fx.Node]:
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by the names in its operator's schema, defaults filled in."""
-    known = node.target._schema.arguments  # type: ignore[union-attr]
+    known = node.target._schema.arguments
     given = {argument.name: argument.default_value for argument in known if argument.has_default_value()}
     return given | dict(zip((argument.name for argument in known), node.args, strict=False)) | dict(node.kwargs)
 

@@ -186,7 +186,7 @@ def add_quality(command: argparse.ArgumentParser) -> None:
     what = "of an arm, in %s; may be given several times"
     command.add_argument("--plan", action="append", default=[], metavar="FILE", help=what % "TOML")
     command.add_argument("--spec", action="append", default=[], metavar="TEXT", help=what % "one line")
-    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held text; none: Python's documentation")
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held text (Python's documentation)")
     command.add_argument("--documents", type=int, default=4, metavar="N", help="pieces of it (%(default)s)")
     for name, help_text in (("context", "in front of what is compared"), ("tokens", "compared"),
                             ("streamed", "of each text compressed on the way"), ("passkey-context", "of a passkey"),

@@ -73,8 +73,8 @@ class CompiledModel:
             memory = {name: size + one.memory.get(name, 0) for name, size in memory.items()}
         memory |= {"packed weights": sum(packed.values())} if packed else {}
         held = Counter[str]()
-        for one in decoders:
-            held.update(one.store.bytes)
+        for decoder in decoders:
+            held.update(decoder.store.bytes)
         memory |= {f"KV cache, {kind}" if kind != "dense" else "KV cache": size for kind, size in held.items()}
         memory |= {"parameters released": self.released_bytes}
         return lossy_note(self.plan) + render_report(

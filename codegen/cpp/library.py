@@ -95,7 +95,8 @@ def print_code(kernels: tuple[Kernel, ...], packed: frozenset[str], counters: Ma
         code.schedule += [functions[printed.body], len(code.arguments)]
         code.arguments += [one if isinstance(one, int) else code.place(one) for one in printed.arguments]
     pages = any(isinstance(kernel, AttendPagesKernel) for kernel in kernels)
-    code.source = HEAD.format(attention="pages.h" if pages else "attention.h") + "\n".join(texts) + TAIL.format(names=", ".join(names) or "nullptr")
+    head = HEAD.format(attention="pages.h" if pages else "attention.h")
+    code.source = head + "\n".join(texts) + TAIL.format(names=", ".join(names) or "nullptr")
     return code
 
 

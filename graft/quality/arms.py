@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-
 from torch import Tensor
 
 from graft.compiler.capture import capture, check_model
@@ -134,7 +133,7 @@ class Arms:
     """Makes arms of candidates, for one model and a plan's other passes."""
 
     model: PreTrainedModel
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
     """Its passes on the target but for `CompressKV`; drafts and what belongs to them do not count."""
     backend: str = "auto"
     say: Say = lambda _: None
@@ -243,7 +242,7 @@ def read_bytes(arm: Arm, slot: int) -> int:
             continue
         far, selection = store.far[state.name], state.pages.selection
         total += (length - far.cuts[slot]) * dense_bytes(state)
-        entry = (state.key_dim + state.value_dim) * state.dtype.itemsize
+        entry: float = (state.key_dim + state.value_dim) * state.dtype.itemsize
         entry = entry if state.pages.codec.in_place else state.page_bytes / PAGE
         for layer, counts in enumerate(far.counts[:, slot].tolist()):
             for count in counts:

@@ -111,8 +111,8 @@ def measure(
         for number, text in enumerate(texts):
             run.stream_text(number, list(text[: options.streamed]))
     prompts = passkeys(texts, tokenizer, options.passkey_context, options.passkeys, options.seed)
-    for number, prompt in enumerate(prompts):
-        run.ask(number, prompt)
+    for number, question in enumerate(prompts):
+        run.ask(number, question)
     return run.results(len(texts))
 
 

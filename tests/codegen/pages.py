@@ -1,4 +1,4 @@
-"""Functions that are one attention over pages, and what they are called with: every slot and head has pages of its own."""
+"""Functions that are one attention over pages, and what they are called with: slots and heads have their own pages."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-import graft.components  # noqa: F401  (which names codecs and selections)
+import graft.components
 from graft.compiler.canonical import aten, graft
-from graft.compiler.kv.codecs import PAGE, Codec, Content, InPlace
+from graft.compiler.kv.codecs import IN_PLACE, PAGE, Codec, Content
 from graft.compiler.kv.layout import Pages
 from graft.compiler.kv.selection import Selection
 from graft.compiler.program import FLAT, Function, Input, KVState
 from graft.compiler.spec import show
 
+
 @dataclass(frozen=True)
 class Case:
     """An attention."""
 
-    codec: Codec = InPlace()
+    codec: Codec = IN_PLACE
     selection: Selection | None = None
     dtype: torch.dtype = torch.float32
     heads: int = 2

@@ -24,11 +24,12 @@ from graft.codegen.cache import FAILED, LOCK_WAIT, cache_folder, lock, private_f
 from graft.codegen.cpp.isa import Isa
 from graft.compiler.errors import LoweringError
 
-# No -ffast-math and no contraction: a function computes what its graph says, with every compiler.
+# No -ffast-math and no contraction: a function computes what its graph says, with every compiler at every level.
 FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread"),
+    *("-std=c++20", "-fPIC", "-shared", "-pthread"),
     *("-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall"),
 )
+LEVELS = ("0", "1", "2", "3")
 NAMES = ("c++", "g++", "clang++")
 
 SOURCE, LIBRARY, DIGEST = "function.cpp", "function.so", "function.so.sha256"
@@ -85,19 +86,36 @@ def build(source: str, headers: Mapping[str, str], isa: Isa, cache: Path | None 
     Where the folder cannot be used, a RuntimeWarning says so and the library lies in a temporary folder until the
     process exits, to be built again the next time.
 
+    It is optimised at the level that $GRAFT_OPT names, by default 3: a lower one compiles faster and runs slower.
+
     NoCompiler where there is none; LoweringError where the compiler fails (its message names the source, which is
-    kept), where a header's name is not usable, or where neither folder can be written.
+    kept), where a header's name or the level is not usable, or where neither folder can be written.
     """
     check_headers(headers)
+    level = optimisation()
     found = compiler()
     if found is None:
         raise no_compiler()
-    unit = Unit(source, tuple(sorted(headers.items())), (*FLAGS, *isa.flags), found)
+    unit = Unit(source, tuple(sorted(headers.items())), (level, *FLAGS, *isa.flags), found)
     folder = cache_folder(cache)
     try:
         return cached(unit, folder)
     except OSError as reason:
         return uncached(unit, folder, reason)
+
+
+def optimisation() -> str:
+    """The compiler's option for the level that $GRAFT_OPT names. LoweringError where it names none."""
+    level = os.environ.get("GRAFT_OPT") or LEVELS[-1]
+    if level not in LEVELS:
+        raise LoweringError(
+            "there is no such level of optimisation",
+            expected="one of " + ", ".join(LEVELS),
+            found=repr(level)[:80],
+            where="the environment variable GRAFT_OPT",
+            remedy="set it to one of these, or not at all",
+        )
+    return f"-O{level}"
 
 
 def compiler() -> Compiler | None:

@@ -385,7 +385,14 @@ def test_an_entry_that_a_build_has_locked_is_not_removed(cache: Path, monkeypatc
 def unit_key(source: str) -> str:
     found = compiler()
     assert found is not None
-    return module.Unit(source, (), module.FLAGS, found).key
+    return module.Unit(source, (), (module.optimisation(), *module.FLAGS), found).key
+
+
+def test_a_level_of_optimisation_that_there_is_not_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_OPT", "fast")
+    with pytest.raises(LoweringError, match=r"one of 0, 1, 2, 3\n(.|\n)*'fast'"):
+        build(SOURCE, HEADERS, PORTABLE, cache)
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("name", ["/etc/x.h", "../x.h", "a/../x.h", "function.cpp", "./function.so", "", "x/", "a/."])

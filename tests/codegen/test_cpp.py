@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from graft.codegen.cpp.build import COMMAND
 from graft.codegen.cpp.executable import CppExecutable
 from graft.codegen.cpp.isa import Isa, runnable
 from graft.codegen.cpp.library import print_code
@@ -48,6 +49,20 @@ def test_a_ragged_step_in_another_dtype_is_that_of_aten(family: str, dtype: torc
 @pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)
 def test_every_instruction_set_computes_the_same(isa: Isa, dtype: torch.dtype) -> None:
     assert_same_step(compiled("gemma2", dtype, isa), function_of("gemma2", dtype), call_of(TREES, LENGTHS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lower_level_of_optimisation_gives_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, (inputs, _) = function_of("gemma2", dtype), call_of(TREES, LENGTHS)
+    usual = compiled("gemma2", dtype)
+    monkeypatch.setenv("GRAFT_OPT", "1")
+    lower = CppExecutable(function)
+    commands = [(one.path.parent / COMMAND).read_text() for one in (usual, lower)]
+    assert "-O3" in commands[0] and "-O1" in commands[1]
+    results = [[*one(*inputs, *states), *states] for one in (usual, lower) for states in [random_states(function)]]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @settings(max_examples=25, deadline=None)

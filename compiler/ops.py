@@ -36,12 +36,7 @@ def attention(
     softcap * tanh(scores / softcap) if softcap > 0; sinks [heads] joins the softmax as one more column whose value is
     zero. Returns [B, L, heads, value dim] in q's dtype; the softmax is float32, or float64 for float64 inputs.
     """
-    length = q.shape[2]
-    index = torch.arange(length, device=q.device)
-    visible = index[None, :] <= index[:, None]
-    if window:
-        visible &= index[:, None] - index[None, :] < window
-    return softmax_attention(q, k, v, visible, scale, softcap, sinks).transpose(1, 2).contiguous()
+    return causal_attention(q, k, v, scale, window, softcap, sinks).contiguous()
 
 
 @attention.register_fake
@@ -56,6 +51,25 @@ def _(
     layer: int = 0,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    layer: int = 0,
+) -> Tensor:
+    """What `graft::attention` means, with gradients."""
+    length = q.shape[2]
+    index = torch.arange(length, device=q.device)
+    visible = index[None, :] <= index[:, None]
+    if window:
+        visible &= index[:, None] - index[None, :] < window
+    return softmax_attention(q, k, v, visible, scale, softcap, sinks).transpose(1, 2)
 
 
 @torch.library.custom_op("graft::kv_append", mutates_args=())

@@ -15,6 +15,7 @@ after (confidence-exit{layer=1,threshold=0.9}):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from graft.compiler.nodes import Value, new_node
 from graft.compiler.passing import Contract, Pass, View, approximate
 from graft.compiler.trunk import Trunk, between
 from graft.passes.early_exit import check_exit
+from graft.passes.exit_classifier import classified
 from graft.passes.skip_decode import skip_blocks
 
 
@@ -38,12 +40,16 @@ class ConfidenceExit(Pass):
 
     Keys and values of the layers gone past are projected from the stream at the exit, so that later tokens find them;
     the rest of a layer reads no weights where every row is past it. The test itself reads the unembedding, which is
-    worth it only where what follows is much larger.
+    worth it only where what follows is much larger; with a trained classifier (CALM's third criterion) it reads a line
+    of weights.
     """
 
     layer: int
     """How many layers always run."""
     threshold: float
+    classifier: str = ""
+    """A folder of `train-heads --kind exit-classifier`, whose probability counts in the place of the token's: a line
+    over the norm is all that it reads."""
 
     contract: ClassVar[Contract] = approximate
     requires: ClassVar[frozenset[str]] = frozenset({"canonical", "cache-free"})
@@ -61,20 +67,29 @@ class ConfidenceExit(Pass):
         trunk = view.trunk
         check_exit(trunk, self.layer, view.by)
         later = trunk.layers[self.layer :]
-        logits = early_logits(trunk, later[0][0].stream, view.by).apply(aten._to_copy.default, dtype=torch.float32)
-        total = (logits - logits.apply(aten.amax.default, [-1], True)).apply(aten.exp.default)
-        total = total.apply(aten.sum.dim_IntList, [-1], True)
-        sure = total.apply(aten.reciprocal.default).apply(aten.ge.Scalar, self.threshold)
+        stream, norm = later[0][0].stream, between(trunk.exit, trunk.hidden)
+        if self.classifier:
+            hidden = early(trunk, stream, norm, view.by)
+            share = classified(view, hidden, self.classifier, self.layer)
+        else:
+            logits = early(trunk, stream, [*norm, trunk.unembedding], view.by)
+            share = best_share(logits.apply(aten._to_copy.default, dtype=torch.float32))
+        sure = share.apply(aten.ge.Scalar, self.threshold)
         for blocks in later:
             skip_blocks(blocks, sure)
             view.match()
 
 
-def early_logits(trunk: Trunk, stream: fx.Node, by: str) -> Value:
-    """The final norm and the unembedding of the stream as it is there."""
-    known = {trunk.exit: stream}
-    behind = stream
-    for node in [*between(trunk.exit, trunk.hidden), trunk.unembedding]:
+def best_share(logits: Value) -> Value:
+    """The probability of the best token of each row."""
+    total = (logits - logits.apply(aten.amax.default, [-1], True)).apply(aten.exp.default)
+    return total.apply(aten.sum.dim_IntList, [-1], True).apply(aten.reciprocal.default)
+
+
+def early(trunk: Trunk, stream: fx.Node, nodes: Sequence[fx.Node], by: str) -> Value:
+    """What the nodes behind the trunk's exit make of the stream as it is earlier."""
+    known, behind = {trunk.exit: stream}, stream
+    for node in nodes:
         with node.graph.inserting_after(behind):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: known.get(source, source))
             known[node] = behind = new_node(node.graph, node.target, args, kwargs, like=node, by=by)

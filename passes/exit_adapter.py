@@ -17,6 +17,7 @@ both caches, and the paper's gap in the adapter's cache behind a fully accepted 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ from graft.compiler.trunk import Block, Trunk, between
 ADAPTER = "exit_adapter"
 """Name of the adapter's parameters among the program's weights."""
 STATE = "kv_adapter"
+ADAPTER_FORMAT, ADAPTER_WEIGHTS = "graft exit adapter", "adapter.safetensors"
+"""Of a folder that `train-heads` writes: what "format" says in its config.json, and the file of tensors."""
 
 
 def attach_adapter(view: View, function: Function, trunk: Trunk, layer: int, path: str) -> None:
@@ -45,6 +48,22 @@ def attach_adapter(view: View, function: Function, trunk: Trunk, layer: int, pat
 
     Raises PassError for a model whose layers begin otherwise, CheckpointError for a file that does not fit.
     """
+    norm = between(trunk.exit, trunk.hidden)
+    kept, names = adapter_parts(trunk, layer)
+    shapes = {name: attribute(function.weights, node.target) for node, name in names.items()}
+    add_parameters(view, ADAPTER, load(file_of(path, layer), shapes))
+    for node, name in names.items():
+        with function.graph.inserting_before(node):
+            own = function.graph.get_attr(f"{ADAPTER}.{name}")
+        own.meta = dict(node.meta)
+        for user in [user for user in node.users if user in kept.nodes or user in norm]:
+            user.replace_input_with(node, own)
+    give_state(function, kept)
+
+
+def adapter_parts(trunk: Trunk, layer: int) -> tuple[Block, dict[fx.Node, str]]:
+    """The attention block behind `layer` layers, all others behind it being dropped, and what an adapter calls each
+    parameter of the block and of the final norm. Raises PassError for a model whose layers begin otherwise."""
     first, *others = [block for one in trunk.layers[layer:] for block in one]
     kept = first.parts[0] if first.parts else first
     if kept.kind != "attention" or len(kept.attention) != 1:
@@ -54,16 +73,23 @@ def attach_adapter(view: View, function: Function, trunk: Trunk, layer: int, pat
         block.drop()
     prefix = layer_path(kept.attention[0])
     names = {node: f"layers.0.{node.target.removeprefix(prefix + '.')}" for node in parameters(kept.nodes, prefix)}
-    names |= {node: f"norm.{node.target.rpartition('.')[2]}" for node in parameters(norm, "")}
-    shapes = {name: attribute(function.weights, node.target) for node, name in names.items()}
-    add_parameters(view, ADAPTER, load(path, shapes))
-    for node, name in names.items():
-        with function.graph.inserting_before(node):
-            own = function.graph.get_attr(f"{ADAPTER}.{name}")
-        own.meta = dict(node.meta)
-        for user in [user for user in node.users if user in kept.nodes or user in norm]:
-            user.replace_input_with(node, own)
-    give_state(function, kept)
+    return kept, names | {node: f"norm.{node.target.rpartition('.')[2]}" for node in parameters(norm, "")}
+
+
+def file_of(path: str, layer: int) -> Path:
+    """The file of tensors: `path`, or that of a folder that `train-heads` wrote for this exit."""
+    found = Path(path).expanduser()
+    if not found.is_dir():
+        return found
+    try:
+        made_for = json.loads((found / "config.json").read_text())["layer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("there is no adapter here", found=error, where=found) from error
+    if made_for != layer:
+        raise CheckpointError(
+            "the adapter is for another exit", expected=f"layer {layer}", found=f"layer {made_for}", where=found
+        )
+    return found / ADAPTER_WEIGHTS
 
 
 def parameters(nodes: Iterable[fx.Node], prefix: str) -> list[fx.Node]:
@@ -95,11 +121,11 @@ def source_of(write: fx.Node) -> fx.Node:
     return node
 
 
-def load(path: str, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
+def load(path: Path, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors in the model's dtype. Raises CheckpointError naming keys that are missing, surplus or of other
     sizes."""
     try:
-        found = load_file(Path(path).expanduser())
+        found = load_file(path)
     except (OSError, SafetensorError) as error:
         problem = "an adapter cannot be read"
         raise CheckpointError(problem, expected="a safetensors file", found=error, where=path) from error

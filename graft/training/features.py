@@ -51,7 +51,7 @@ class Sample:
     tokens: Tensor
     """int64 [length]."""
     hidden: Tensor
-    """[length, width]."""
+    """[length, width]: the final hidden states, or the stream at an exit."""
     labels: Tensor
     """int64 [length, k]: the target's likeliest next tokens, best first."""
     shares: Tensor
@@ -144,8 +144,14 @@ def pieces(tokens: Sequence[int], length: int) -> Iterator[list[int]]:
             yield piece
 
 
-def compute(compiled: CompiledModel, tokens: Sequence[int], count: int) -> dict[str, Tensor]:
-    """Hidden states and the `count` likeliest next tokens at every position of one sequence."""
+def compute(
+    compiled: CompiledModel,
+    tokens: Sequence[int],
+    count: int,
+    stream: Callable[[Sequence[int]], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Hidden states and the `count` likeliest next tokens at every position of one sequence; `stream` gives other
+    hidden states than the final ones."""
     decoder = compiled.decoder
     kept, decoder.keeps_hidden = decoder.keeps_hidden, True
     slot = decoder.open()
@@ -164,7 +170,7 @@ def compute(compiled: CompiledModel, tokens: Sequence[int], count: int) -> dict[
     finally:
         decoder.close(slot)
         decoder.keeps_hidden = kept
-    found = {"tokens": torch.tensor(tokens), "hidden": torch.cat(hidden)}
+    found = {"tokens": torch.tensor(tokens), "hidden": torch.cat(hidden) if stream is None else stream(tokens)}
     found |= {"labels": torch.cat(labels), "shares": torch.cat(shares)}
     return {name: tensor.cpu().clone() for name, tensor in found.items()}
 

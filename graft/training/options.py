@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from graft.compiler.errors import PlanError
-from graft.passes.heads.config import Kind, Unembedding
+from graft.passes.heads.config import Unembedding
+
+Kind = Literal["hydra", "medusa", "kangaroo", "exit-classifier"]
+"""Heads, Kangaroo's adapter, or a classifier for `ConfidenceExit`."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,7 @@ class TrainOptions:
 
     kind: Kind = "hydra"
     heads: int = 4
+    """Of an adapter: tokens of the chain that the figures are about."""
     layers: int = 1
     """Residual blocks of each head."""
     vocabulary: int = 8192
@@ -22,6 +27,8 @@ class TrainOptions:
     """"target": the target's own, not trained and not stored; "shared": one of the heads', which starts as that."""
     prefix: bool = False
     """Hydra++: a decoder layer over the hidden states in front of the heads."""
+    layer: int = 2
+    """Kangaroo and classifiers: how many layers are in front of the exit."""
     length: int = 256
     """Tokens of a sequence at most; longer texts are cut."""
     new_tokens: int = 256
@@ -46,12 +53,13 @@ class TrainOptions:
         counts = (self.heads, self.layers, self.new_tokens, self.labels, self.batch, self.epochs, self.patience)
         right = min(counts) >= 1 and self.length > self.heads + 1 and 0 < self.held_out < 1 and self.vocabulary >= 0
         right &= self.unembedding in ("target", "shared") and self.rate > 0 and 0 < self.decay <= 1
-        right &= self.kind in ("medusa", "hydra") and (self.kind == "hydra" or not self.prefix)
+        right &= self.kind in get_args(Kind) and (self.kind == "hydra" or not self.prefix) and self.layer >= 1
         if not right:
             raise PlanError(
                 "the options of training are not right",
                 expected="counts of 1 or more, sequences longer than the heads reach, held_out between 0 and 1, "
-                "an unembedding that is the target's or shared, a prefix layer for hydra alone",
+                "an unembedding that is the target's or shared, a prefix layer for hydra alone, "
+                "layers in front of an exit",
                 found=self,
                 where="TrainOptions",
             )

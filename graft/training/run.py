@@ -17,14 +17,12 @@ from torch import Tensor
 
 from graft.compiled import CompiledModel
 from graft.compiler.errors import CheckpointError
-from graft.compiler.shapes import attribute
-from graft.compiler.trunk import find_trunk
-from graft.passes.heads.config import HeadsConfig, Prefix
-from graft.passes.heads.dialects import CONFIG, WEIGHTS
+from graft.passes.heads.dialects import CONFIG
+from graft.training.exits import Exit, TrainedAdapter, TrainedClassifier
 from graft.training.features import Sample, Shards, Texts, compute, replace_text, sequences
-from graft.training.networks import HeadsNetwork
 from graft.training.options import TrainOptions
-from graft.training.steps import Figures, batches, losses, measure
+from graft.training.steps import Figures, batches
+from graft.training.trainees import TrainedHeads, Trainee
 
 Say = Callable[[str], None]
 WORK = "training"
@@ -41,7 +39,8 @@ def train_heads(
     name: str = "",
     say: Say | None = None,
 ) -> dict[str, Any]:
-    """Train draft heads for a compiled model on `texts` and write them to `folder`, for `graft.Heads(folder)`.
+    """Train what `options.kind` names for a compiled model on `texts` and write it to `folder`: for
+    `graft.Heads(folder)`, `graft.Kangaroo(folder, layer)` or `graft.ConfidenceExit(layer, threshold, folder)`.
 
     `compiled` must be the target without approximations, with its parameters (compiled without `release`); training
     runs on its device. `name` says in the result which model they are for. Interrupted, the same call goes on where it
@@ -57,7 +56,10 @@ def train_heads(
     shards = Shards(work)
     found = sequences(compiled, texts, work, options.length, options.new_tokens)
     count = min(options.labels, compiled.decoder.vocabulary)
-    shards.build(found, lambda one: compute(compiled, one, count), lambda done: say(f"hidden states of {done} tokens"))
+    at_exit = options.kind in ("kangaroo", "exit-classifier")
+    stream = Exit(compiled, options.layer).stream if at_exit else None
+    features = lambda one: compute(compiled, one, count, stream)  # noqa: E731
+    shards.build(found, features, lambda done: say(f"hidden states of {done} tokens"))
     run = Run(compiled, shards, options, work)
     run.resume()
     figures = run.train(say)
@@ -96,25 +98,22 @@ def claim(folder: Path, wanted: str) -> Path:
     return work
 
 
+def trainee(compiled: CompiledModel, shards: Shards, options: TrainOptions) -> Trainee:
+    """What the options name."""
+    if options.kind == "kangaroo":
+        return TrainedAdapter(compiled, options)
+    if options.kind == "exit-classifier":
+        return TrainedClassifier(compiled, options)
+    return TrainedHeads(compiled, shards, options)
+
+
 class Run:
     """The state of one run: network, optimiser, and how far it has come."""
 
     def __init__(self, compiled: CompiledModel, shards: Shards, options: TrainOptions, work: Path) -> None:
         self.shards, self.options, self.work = shards, options, work
-        self.device, size = compiled.decoder.device, compiled.decoder.vocabulary
-        embedding, matrix = tables(compiled)
-        count = min(options.vocabulary or size, size)
-        self.chosen = shards.frequent(count, size) if count < size else torch.arange(size)
-        self.embedding = embedding.float()
-        unembedding = matrix[self.chosen.to(self.device)]
-        self.dtype = unembedding.dtype
-        self.draft_id = torch.full((size,), -1, device=self.device)
-        self.draft_id[self.chosen.to(self.device)] = torch.arange(count, device=self.device)
-        self.config = HeadsConfig(
-            options.kind, options.heads, int(unembedding.shape[1]), count, options.layers, options.unembedding,
-            reduced=count < size, prefix=prefix_of(compiled) if options.prefix else None,
-        )  # fmt: skip
-        self.network = HeadsNetwork(self.config, unembedding, options.seed).to(self.device)
+        self.trainee = trainee(compiled, shards, options)
+        self.network = self.trainee.network
         decay = options.weight_decay
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.rate, weight_decay=decay)
         total = sum(shards.sizes or ())
@@ -168,14 +167,22 @@ class Run:
             for group in self.optimiser.param_groups:
                 group["lr"] = options.rate * self.schedule(progress["step"])
             self.optimiser.zero_grad(set_to_none=True)
-            each = losses(self.network, batch, self.embedding, self.draft_id)
+            each = self.trainee.losses(batch)
             total = sum(loss * options.decay**head for head, loss in enumerate(each))
             assert isinstance(total, Tensor)
             total.backward()
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimiser.step()
             progress["step"] += 1
-            say(f"epoch {progress['epoch'] + 1}, step {progress['step']}: loss {float(total.detach()):.3f}")
+            say(f"{self.place()}: loss {float(total.detach()):.3f}")
+
+    def place(self) -> str:
+        """How far the run has come, and what was measured last."""
+        progress = self.progress
+        steps = f" of {progress['steps']}" if progress["steps"] else ""
+        best = progress["best"]
+        measured = f", {best['tokens_per_step']:.2f} tokens a step on what is held out" if best else ""
+        return f"epoch {progress['epoch'] + 1} of {self.options.epochs}, step {progress['step']}{steps}{measured}"
 
     def schedule(self, step: int) -> float:
         """Part of the learning rate: the first epoch, by which the steps are counted, runs at all of it."""
@@ -187,7 +194,7 @@ class Run:
     def measured(self) -> Figures:
         """The figures on what is held out."""
         held = (batch for number in range(len(self.shards.sizes or ())) for batch in self.held_batches(number))
-        return measure(self.network, held, self.embedding, self.draft_id)
+        return self.trainee.measure(held)
 
     def held_batches(self, number: int) -> Iterator[list[Sample]]:
         """What is held out of a shard."""
@@ -226,33 +233,12 @@ class Run:
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
 
 
-def tables(compiled: CompiledModel) -> tuple[Tensor, Tensor]:
-    """The target's embedding and unembedding. Raises CheckpointError where they were given up."""
-    forward = compiled.program["forward"]
-    trunk = find_trunk(forward.graph)
-    nodes = (trunk.embedding.args[0], trunk.unembedding.args[1])
-    found = [attribute(forward.weights, node.target) for node in nodes]
-    if any(tensor.is_meta for tensor in found):
-        raise CheckpointError("heads are trained with the target's own tables", remedy="compile without release")
-    return found[0].detach(), found[1].detach()
-
-
-def prefix_of(compiled: CompiledModel) -> Prefix:
-    """A prefix layer of the shape of the target's own layers."""
-    config, state = compiled.generator.face.config, compiled.program["forward"].states[0]
-    heads = int(config.num_attention_heads)
-    inside = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
-    return Prefix(heads, state.heads, int(config.hidden_size) // heads, inside)
-
-
 def finish(run: Run, folder: Path, figures: Figures, about: dict[str, Any]) -> dict[str, Any]:
     """Write the heads, then remove what only the run needed."""
-    tensors = {name: tensor.to("cpu", run.dtype).contiguous() for name, tensor in run.best.items()}
-    if run.config.reduced:
-        tensors["draft_vocabulary"] = run.chosen
-    run.config.check(tensors, folder)
-    save_file(tensors, folder / f"{WEIGHTS}.part")
-    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
-    replace_text(folder / CONFIG, json.dumps({**run.config.to_json(), "figures": figures, "training": about}, indent=2))
+    config, tensors = run.trainee.finished(run.best)
+    temporary = folder / f"{run.trainee.file}.part"
+    save_file(tensors, temporary)
+    temporary.replace(folder / run.trainee.file)
+    replace_text(folder / CONFIG, json.dumps({**config, "figures": figures, "training": about}, indent=2))
     shutil.rmtree(folder / WORK)
     return figures

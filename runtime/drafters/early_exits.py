@@ -71,7 +71,8 @@ class Kangaroo(Drafter):
     """
 
     adapter: str
-    """A safetensors file with the paper's keys: layers.0.self_attn.q_proj.weight, ..., norm.weight."""
+    """A safetensors file with the paper's keys: layers.0.self_attn.q_proj.weight, ..., norm.weight; or the folder of
+    `train-heads --kind kangaroo`."""
     layer: int = 2
     eta: float = 0.6
 

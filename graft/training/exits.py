@@ -1,0 +1,239 @@
+"""What is trained on the stream behind a layer: Kangaroo's adapter, and classifiers that say when to exit.
+
+Both read the layers below as the captured graph has them, and run its parts with gradients: the adapter's equations
+are those of the target's own block, whatever the family, over parameters of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, linear
+
+from graft.compiled import CompiledModel
+from graft.compiler.canonical import ATTENTION, aten
+from graft.compiler.ops import causal_attention
+from graft.compiler.program import Function
+from graft.compiler.shapes import attribute
+from graft.compiler.trunk import Trunk, find_trunk
+from graft.passes.early_exit import check_exit
+from graft.passes.exit_adapter import ADAPTER_FORMAT, ADAPTER_WEIGHTS, adapter_parts
+from graft.passes.exit_classifier import CLASSIFIER_FORMAT, CLASSIFIER_WEIGHTS
+from graft.training.features import Sample
+from graft.training.options import TrainOptions
+from graft.training.steps import Figures
+from graft.training.trainees import tables
+
+DENSE = "common-subexpression"
+"""The pass behind which the target has no cache yet."""
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class Part(fx.Interpreter):
+    """A part of the dense target, with gradients: own parameters in the place of some, float32 throughout."""
+
+    def __init__(self, function: Function, own: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(function.module())
+        self.own = own or {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter, wide."""
+        value = self.own[target] if target in self.own else super().get_attr(target, args, kwargs)
+        return value.float() if value.dtype in NARROW else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An operator; attention as what it means, since the operator itself has no gradient."""
+        if target in ATTENTION:
+            return causal_attention(*args, **kwargs)
+        if target is aten._to_copy.default and kwargs.get("dtype") in NARROW:
+            return args[0]
+        return super().call_function(target, args, kwargs)
+
+
+def dense(compiled: CompiledModel, layer: int) -> tuple[Function, Trunk]:
+    """A copy of the target without a cache. Raises PassError for an exit that there is not."""
+    function = compiled.program.snapshots[DENSE]["forward"].copy()
+    trunk = find_trunk(function.graph)
+    check_exit(trunk, layer, "train-heads")
+    return function, trunk
+
+
+class Exit:
+    """The stream behind the first layers."""
+
+    def __init__(self, compiled: CompiledModel, layer: int) -> None:
+        below, trunk = dense(compiled, layer)
+        ending(below, trunk.layers[layer][0].stream)
+        self.below, self.device = below.module(), compiled.decoder.device
+
+    def stream(self, tokens: Sequence[int]) -> Tensor:
+        """[length, width] of one sequence, in the model's dtype."""
+        ids = torch.tensor([list(tokens)], device=self.device)
+        with torch.no_grad():
+            found: Tensor = self.below(ids, torch.arange(len(tokens), device=self.device)[None])
+        return found[0]
+
+
+def ending(function: Function, node: fx.Node) -> None:
+    """Let the function return a node alone."""
+    function.output.args = (node,)
+    function.graph.eliminate_dead_code()
+
+
+def beginning(function: Function, stream: fx.Node, result: fx.Node) -> Function:
+    """Let the function take the stream [1, length, width] as a third input, and return a node behind it."""
+    graph = function.graph
+    with graph.inserting_after([node for node in graph.nodes if node.op == "placeholder"][-1]):
+        given = graph.placeholder("stream")
+    stream.replace_all_uses_with(given)
+    ending(function, result)
+    return function
+
+
+def run_part(part: Part, stream: Tensor) -> Tensor:
+    """[length, width] of a stream [length, width]."""
+    positions = torch.arange(len(stream), device=stream.device)[None]
+    found: Tensor = part.run(positions, positions, stream.float()[None])
+    return found[0]
+
+
+class OwnParameters(nn.Module):
+    """Parameters by the names of a folder."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        held = {name.replace(".", "/"): tensor.detach().float().clone() for name, tensor in tensors.items()}
+        self.tensors = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in held.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One of them."""
+        return self.tensors[name.replace(".", "/")]
+
+    def named(self) -> dict[str, Tensor]:
+        """Parameters by their names in a folder."""
+        return {name.replace("/", "."): parameter.detach() for name, parameter in self.tensors.items()}
+
+
+class TrainedAdapter:
+    """Kangaroo's adapter (2404.18911): the cross entropy of its guesses with the target's distribution.
+
+    It starts as the block behind the exit and the final norm, where the paper starts at random [M].
+    """
+
+    file = ADAPTER_WEIGHTS
+
+    def __init__(self, compiled: CompiledModel, options: TrainOptions) -> None:
+        function, trunk = dense(compiled, options.layer)
+        stream = trunk.layers[options.layer][0].stream
+        _, names = adapter_parts(trunk, options.layer)
+        read = {node.target: name for node, name in names.items()}
+        self.network = OwnParameters({name: attribute(function.weights, at) for at, name in read.items()})
+        self.network.to(compiled.decoder.device)
+        own = {at: self.network[name] for at, name in read.items()}
+        self.part = Part(beginning(function, stream, trunk.hidden), own)
+        matrix = tables(compiled)[1]
+        self.options, self.dtype, self.unembedding = options, matrix.dtype, matrix.float()
+
+    def logits(self, batch: Sequence[Sample]) -> Tensor:
+        """[tokens, vocabulary]: what the adapter says behind every token of some sequences."""
+        device = self.unembedding.device
+        return linear(torch.cat([run_part(self.part, one.hidden.to(device)) for one in batch]), self.unembedding)
+
+    def losses(self, batch: Sequence[Sample]) -> list[Tensor]:
+        """See `Trainee.losses`."""
+        device = self.unembedding.device
+        labels = torch.cat([one.labels for one in batch]).to(device)
+        shares = torch.cat([one.shares for one in batch]).to(device)
+        scores = self.logits(batch).log_softmax(-1).gather(1, labels)
+        return [-(shares * scores).sum() / shares.sum()]
+
+    @torch.no_grad()
+    def measure(self, held: Iterable[Sequence[Sample]]) -> Figures:
+        """See `Trainee.measure`; a chain drafts as many tokens as `TrainOptions.heads` says."""
+        loss, hits = 0.0, list[Tensor]()
+        for batch in held:
+            loss += float(self.losses(batch)[0]) * sum(len(one.tokens) for one in batch)
+            for one in batch:
+                hits.append(self.logits([one]).argmax(-1).cpu() == one.labels[:, 0])
+        count = max(sum(map(len, hits)), 1)
+        right = sum(int(one.sum()) for one in hits)
+        found = {"places": count, "loss": loss / count, "top_1": round(right / count, 4)}
+        return found | {"tokens_per_step": 1 + chain_length(hits, self.options.heads)}
+
+    def finished(self, best: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Trainee.finished`."""
+        tensors = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in best.items()}
+        return {"format": ADAPTER_FORMAT, "layer": self.options.layer}, tensors
+
+
+def chain_length(hits: Sequence[Tensor], most: int) -> float:
+    """How many guesses in a row are right, `most` at most, on average over the places that have so many behind them."""
+    runs = []
+    for one in hits:
+        windows = one.float().unfold(0, most, 1) if len(one) >= most else torch.empty(0, most)
+        runs.append(windows.cumprod(1).sum(1))
+    return float(torch.cat(runs).mean()) if runs and sum(map(len, runs)) else 0.0
+
+
+class TrainedClassifier:
+    """An exit classifier (CALM, 2207.07061): whether the best token at the exit is the target's best one.
+
+    A line over the final norm of the stream, and binary cross entropy; the paper trains one for all layers together
+    [M], here a layer has one of its own.
+    """
+
+    file = CLASSIFIER_WEIGHTS
+
+    def __init__(self, compiled: CompiledModel, options: TrainOptions) -> None:
+        matrix = tables(compiled)[1]
+        self.options, self.unembedding, self.dtype = options, matrix.float(), matrix.dtype
+        function, trunk = dense(compiled, options.layer)
+        stream = trunk.layers[options.layer][0].stream
+        for block in reversed([block for one in trunk.layers[options.layer :] for block in one]):
+            block.drop()
+        self.part = Part(beginning(function, stream, trunk.hidden))
+        self.network = OwnParameters({"weight": torch.zeros(1, matrix.shape[1]), "bias": torch.zeros(1)})
+        self.network.to(matrix.device)
+
+    def answers(self, batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """[tokens] each: the classifier's logit, and whether it was right to exit."""
+        device = self.unembedding.device
+        with torch.no_grad():
+            normed = torch.cat([run_part(self.part, one.hidden.to(device)) for one in batch])
+            early = linear(normed, self.unembedding).argmax(-1)
+        right = early == torch.cat([one.labels[:, 0] for one in batch]).to(device)
+        return linear(normed, self.network["weight"], self.network["bias"])[:, 0], right
+
+    def losses(self, batch: Sequence[Sample]) -> list[Tensor]:
+        """See `Trainee.losses`."""
+        found, right = self.answers(batch)
+        return [binary_cross_entropy_with_logits(found, right.float())]
+
+    @torch.no_grad()
+    def measure(self, held: Iterable[Sequence[Sample]]) -> Figures:
+        """See `Trainee.measure`; "precision" is how often an exit at a probability above one half is right."""
+        loss, found, right = 0.0, list[Tensor](), list[Tensor]()
+        for batch in held:
+            loss += float(self.losses(batch)[0]) * sum(len(one.tokens) for one in batch)
+            for one in batch:
+                scores, truth = self.answers([one])
+                found.append(scores.cpu() > 0)
+                right.append(truth.cpu())
+        exits, truth = torch.cat(found), torch.cat(right)
+        count = max(len(truth), 1)
+        return {
+            "places": count,
+            "loss": loss / count,
+            "right_at_exit": round(float(truth.sum()) / count, 4),
+            "exits": round(float(exits.sum()) / count, 4),
+            "precision": round(float((exits & truth).sum()) / max(float(exits.sum()), 1.0), 4),
+            "tokens_per_step": 1.0,
+        }
+
+    def finished(self, best: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Trainee.finished`."""
+        tensors = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in best.items()}
+        return {"format": CLASSIFIER_FORMAT, "layer": self.options.layer}, tensors

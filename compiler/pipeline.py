@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class PassWarning(UserWarning):
-    """A pass matched nothing, so it changed nothing."""
+    """What a pass did may not be what was meant: it matched nothing, or gives up more than its figures show."""
 
 
 def run_passes(

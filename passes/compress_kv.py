@@ -13,6 +13,7 @@ after (compress-kv{codec=affine}):
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -26,8 +27,12 @@ from graft.compiler.kv.layout import Pages
 from graft.compiler.kv.selection import Selection
 from graft.compiler.nodes import named_arguments, new_input, sort_nodes, untyped_node
 from graft.compiler.passing import Contract, Pass, View, approximate
+from graft.compiler.pipeline import PassWarning
 from graft.compiler.program import Function, KVState
 from graft.compiler.spec import show
+
+TARGET = "forward"
+"""Name of the target's function."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class CompressKV(Pass):
         return Pages(self.codec, self.eviction, self.selection, self.recent, self.every, self.prompt)
 
     def run(self, view: View) -> None:
+        if self.eviction is not None and TARGET in view.side:
+            text = "gives tokens up: perplexity may hardly show it, yet what a text asks for later can be gone"
+            warnings.warn(f"{show(self)} {text}", PassWarning, stacklevel=2)
         for function in view.functions:
             fitting = [state for state in function.states if fits(function, state, view)]
             states = {state.name: paged(function, state, self.pages) for state in fitting}

@@ -110,6 +110,15 @@ def test_a_draft_on_a_compressed_target_reads_its_pages() -> None:
     assert fast.stats["accepted"] > 0
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_target_that_evicts_warns_and_a_draft_does_not(recwarn: pytest.WarningsRecorder) -> None:
+    evicts = graft.CompressKV(graft.DensePages(), graft.StreamingLLM(tokens=80))
+    graft.compile(tiny(), graft.Plan(draft=[graft.SelfDraft(evicts)]))
+    assert not [one for one in recwarn if issubclass(one.category, graft.PassWarning)]
+    with pytest.warns(graft.PassWarning, match="gives tokens up"):
+        graft.compile(tiny(), graft.Plan(target=[evicts]))
+
+
 def test_h2o_keeps_what_transformers_attention_weights_add_up_to() -> None:
     one = graft.CompressKV(graft.DensePages(), graft.H2O(ratio=0.5), prompt="dense")
     made, model = compiled(one), tiny(attn_implementation="eager")
@@ -178,6 +187,8 @@ def test_rows_and_cuts_stay_on_their_sides() -> None:
 
 
 def test_what_does_not_go_together_is_refused_before_anything_runs() -> None:
+    with pytest.raises(graft.PlanError, match="tree is larger than what lies between"):
+        graft.compile(tiny(), graft.Plan(target=[FOUR], draft=[graft.Lookup()], tree=graft.Tree(nodes=64)))
     for options, match in (
         ({}, "change nothing"),
         ({"eviction": graft.H2O()}, "stays in place cannot be evicted"),

@@ -52,8 +52,8 @@ class Pass(ABC):
 
 
 def spec_name(class_name: str) -> str:
-    """`SkipFFN` -> "skip-ffn", `KVCache` -> "kv-cache", `DropBlock` -> "drop-block"."""
-    words = re.findall(r"[A-Z]+(?![a-z])[0-9]*|[A-Z]?[a-z0-9]+", class_name)
+    """`SkipFFN` -> "skip-ffn", `KVCache` -> "kv-cache", `DropBlock` -> "drop-block", `H2O` -> "h2o"."""
+    words = re.findall(r"[A-Z]+(?:[0-9]+[A-Z]*)*(?![a-z])|[A-Z]?[a-z0-9]+", class_name)
     return "-".join(word.lower() for word in words)
 
 

@@ -67,7 +67,6 @@ def compile(
             "compile() takes a Plan", found=type(plan).__name__, remedy="Plan.from_spec and Plan.from_toml read text"
         )
     plan.check()
-    check_tree(plan)
     passes = pipeline(plan)
     ordered(passes)
     check_backend(backend)
@@ -91,19 +90,6 @@ def compile(
             problem = "nothing was released: the code that runs reads the model's own parameters"
             warnings.warn(problem, LoweringWarning, stacklevel=2)
     return compiled
-
-
-def check_tree(plan: Plan) -> None:
-    """Raise PlanError for a tree that could never be drafted whole: rows end where a compressed cache's cut moves."""
-    for one in plan.target:
-        if isinstance(one, CompressKV) and plan.draft and plan.tree.nodes >= one.every:
-            raise PlanError(
-                "the tree is larger than what lies between two moves of the KV cache's cut",
-                expected=f"at most {one.every - 1} nodes, or a larger `every`",
-                found=f"tree.nodes {plan.tree.nodes}, every {one.every}",
-                where="compress-kv",
-                remedy=f"CompressKV(every={-(-(plan.tree.nodes + 1) // 64) * 64})",
-            )
 
 
 def assembled(program: Program, plan: Plan, decoder: Decoder, face: ModelFace) -> CompiledModel:

@@ -14,18 +14,16 @@ after (compress-kv{codec=affine}):
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import fx
-
-from graft.compiler.canonical import ATTENTION, aten, graft
 from graft.compiler.errors import PassError
 from graft.compiler.kv.codecs import IN_PLACE, Codec
 from graft.compiler.kv.eviction import Eviction
 from graft.compiler.kv.layout import Pages
+from graft.compiler.kv.paging import add_pages, split_windows, windowed_layers
 from graft.compiler.kv.selection import Selection
-from graft.compiler.nodes import named_arguments, new_input, sort_nodes, untyped_node
+from graft.compiler.nodes import sort_nodes
 from graft.compiler.passing import Contract, Pass, View, approximate
 from graft.compiler.pipeline import PassWarning
 from graft.compiler.program import Function, KVState
@@ -72,32 +70,16 @@ class CompressKV(Pass):
             text = "gives tokens up: perplexity may hardly show it, yet what a text asks for later can be gone"
             warnings.warn(f"{show(self)} {text}", PassWarning, stacklevel=2)
         for function in view.functions:
-            fitting = [state for state in function.states if fits(function, state, view)]
-            states = {state.name: paged(function, state, self.pages) for state in fitting}
-            function.states = tuple(states.get(state.name, state) for state in function.states)
-            for state in states.values():
-                for spec in state.far_inputs:
-                    new_input(function.graph, spec.name)
-            for state in states.values():
-                rewrite(function, state, view)
+            states = [fitting for state in function.states if (fitting := fits(function, state, view))]
+            for state in add_pages(function, states, self.pages):
                 view.note(f"{state.name}: {state.bytes_per_token:.0f} bytes per far token")
+                view.match(2 * state.layers)
             sort_nodes(function.graph)
             function.derive()
 
 
-def accesses(function: Function, state: KVState) -> list[fx.Node]:
-    """The appends and attends of a state, in order."""
-    found, values = [], {function.placeholder(state.name)}
-    for node in function.graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes and node.args[:1] and node.args[0] in values:
-            found.append(node)
-            if node.target is graft.kv_append.default:
-                values.add(node)
-    return found
-
-
-def fits(function: Function, state: KVState, view: View) -> bool:
-    """Whether the state can have pages: nothing that reads it has a window."""
+def fits(function: Function, state: KVState, view: View) -> KVState | None:
+    """The state, or the part of it whose layers have no sliding window; None where all of them have one."""
     if state.pages is not None:
         raise PassError(
             f"the state {state.name} is compressed already",
@@ -105,54 +87,17 @@ def fits(function: Function, state: KVState, view: View) -> bool:
             where=f"function {function.name}",
             remedy="give one compress-kv all of codec, eviction and selection",
         )
-    attends = [node for node in accesses(function, state) if node.target in ATTENTION]
-    windows = [node for node in attends if named_arguments(node)["window"]]
-    if windows:
-        view.miss(state.name, f"{len(windows)} of {len(attends)} attentions have a sliding window")
-    return not windows
-
-
-def paged(function: Function, state: KVState, pages: Pages) -> KVState:
-    """The state with pages, and with room for queries where something reads those."""
-    if not pages.reads_queries:
-        return replace(state, pages=pages)
-    attend = next(node for node in accesses(function, state) if node.target in ATTENTION)
-    heads = int(attend.args[1].meta["val"].shape[1])
-    scale = float(named_arguments(attend)["scale"])
-    return replace(state, pages=pages, query_dim=heads // state.heads * state.key_dim, scale=scale)
-
-
-def rewrite(function: Function, state: KVState, view: View) -> None:
-    """Let appends go to the tail, with queries where they are kept, and attention read pages and tail."""
-    graph, given = function.graph, {spec.name.removeprefix(f"{state.name}_"): spec.name for spec in state.far_inputs}
-    far = {name: function.placeholder(full) for name, full in given.items()}
-    assert state.pages is not None
-    codec, selection = show(state.pages.codec), show(state.pages.selection) if state.pages.selection else ""
-    nodes = accesses(function, state)
-    queries = {node.args[6]: node.args[1] for node in nodes if node.target in ATTENTION}
-    for node in nodes:
-        with graph.inserting_before(node):
-            if node.target is graft.kv_append.default:
-                kv, k, v, sequences, _, layer = node.args
-                if state.query_dim:
-                    v = beside(graph, v, queries[layer], state.heads)
-                new = untyped_node(graph, node.target, (kv, k, v, sequences, far["lengths"], layer), like=node)
-            else:
-                old = named_arguments(node)
-                rows = (old["sequences"], old["parents"], far["lengths"], far["starts"])
-                stored = (far["pages"], far["table"], far["counts"], far.get("labels"), far.get("channels"))
-                how = (old["layer"], state.value_dim, old["scale"], old["softcap"], old["sinks"], codec, selection)
-                new = untyped_node(
-                    graph, graft.kv_attend_pages.default, (old["kv"], old["q"], *rows, *stored, *how), like=node
-                )
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        view.match()
-
-
-def beside(graph: fx.Graph, v: fx.Node, q: fx.Node, heads: int) -> fx.Node:
-    """Values [1, kv heads, N, value dim], behind each the queries of its group, which q [1, heads, N, d] has."""
-    queries = int(q.meta["val"].shape[1])
-    group = queries // heads
-    each = [untyped_node(graph, aten.slice.Tensor, (q, 1, index, queries, group), like=q) for index in range(group)]
-    return untyped_node(graph, aten.cat.default, ([v, *each], -1), like=v)
+    layers, windowed = windowed_layers(function, state)
+    if windowed:
+        view.miss(state.name, f"{len(windowed)} of {len(layers)} attentions have a sliding window")
+    if len(windowed) == len(layers):
+        return None
+    if windowed and len(layers) < state.layers:
+        raise PassError(
+            "a draft that lacks layers cannot share a cache that is compressed for some layers alone",
+            expected=f"all {state.layers} layers of the state {state.name}",
+            found=f"{len(layers)}",
+            where=f"function {function.name}",
+            remedy="draft with all attentions, or leave compress-kv out",
+        )
+    return split_windows(function, state, windowed) if windowed else state

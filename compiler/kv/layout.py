@@ -26,7 +26,7 @@ class Pages:
     recent: int = 64
     """Tokens in front of a trigger that stay in the tail."""
     every: int = 64
-    """Tokens from trigger to trigger."""
+    """Tokens from trigger to trigger: no fewer than the largest tree has rows, so that trees have room."""
     prompt: Literal["streamed", "dense"] = "streamed"
     """Whether triggers come in the prompt, too, or first at its end: then a prompt attends to all of itself."""
 

@@ -7,12 +7,14 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from torch import fx
 
 import graft
 from graft.compiler.program import Function
 from graft.passes import compress_kv
 from graft.passes.kv_cache import KVCache
+from tests.families import build
 from tests.passes.listings import first_call, listings, transform
 from tests.programs import TIDY, program_of
 
@@ -58,3 +60,21 @@ def test_a_state_is_compressed_once() -> None:
     function, _ = paged(graft.CompressKV(graft.Affine()))
     with pytest.raises(graft.PassError, match="compressed already"):
         transform(function, graft.CompressKV(graft.Affine(8, 8)))
+
+
+def test_layers_without_a_window_are_compressed_beside_those_with_one() -> None:
+    model = build("gemma2", max_position_embeddings=512)
+    windows = [kind == "sliding_attention" for kind in model.config.layer_types]
+    assert {True, False} == set(windows)
+    plan = graft.Plan(target=[graft.CompressKV(graft.Affine(8, 8))])
+    fast = graft.compile(model, plan)
+    dense, paged = fast.program["forward"].states
+    assert (dense.layers, paged.layers) == (sum(windows), len(windows) - sum(windows))
+    assert dense.pages is None and paged.pages is not None
+    ids = torch.randint(3, 131, (1, 200), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    # Eight bits are near enough to nothing lost for a model of this size.
+    assert torch.equal(fast.generate(ids, **options), graft.compile(model).generate(ids, **options))
+    drafts = (graft.Lookup(), graft.SelfDraft(graft.DropBlock((1,), "feed-forward")))
+    drafted = graft.compile(model, graft.Plan(target=plan.target, draft=drafts, tree=graft.Tree(nodes=6)))
+    assert torch.equal(drafted.generate(ids, **options), fast.generate(ids, **options))

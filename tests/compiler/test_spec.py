@@ -119,7 +119,7 @@ def test_a_scalar_reads_back_from_its_text(value: object) -> None:
     [
         ("SkipFFN", "skip-ffn"),
         ("KVCache", "kv-cache"),
-        ("H2O", "h2-o"),
+        ("H2O", "h2o"),
         ("Top2Heads", "top2-heads"),
         ("plain", "plain"),
     ],

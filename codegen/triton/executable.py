@@ -62,10 +62,11 @@ class TritonExecutable:
 
     def __init__(self, function: Function) -> None:
         """Raises LoweringError where the function's parameters are on a device that Triton does not run on, or are of a
-        dtype without kernels."""
+        dtype without kernels, and where a KV state has pages."""
         self.function = function
         self.device = function.device
         check_device(self.device)
+        check_states(function)
         with torch.no_grad():
             self.cut: Kernels = cut(function)
         self.code = print_code(self.cut.kernels)
@@ -293,3 +294,16 @@ def check_device(device: torch.device) -> None:
             where="lowering to Triton",
             remedy='model.to("cuda"), or set TRITON_INTERPRET=1 before Python starts to interpret kernels on the CPU',
         )
+
+
+def check_states(function: Function) -> None:
+    """LoweringError where a KV state has pages."""
+    for state in function.states:
+        if state.pages is not None:
+            raise LoweringError(
+                "there is no Triton kernel for attention over pages yet",
+                expected="KV states without pages",
+                found=f"{state.name} with {type(state.pages.codec).__name__}",
+                where=f"function {function.name}",
+                remedy='leave compress-kv out, or run it with backend="aten", or on the CPU with backend="cpp"',
+            )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graft.codegen.aten import AtenExecutable
 from graft.codegen.cpp.executable import CppExecutable
-from graft.codegen.cpp.isa import ISAS, Isa
+from graft.codegen.cpp.isa import ISAS, Isa, runnable
 from graft.codegen.prediction import zero_states
 from graft.compiler.errors import LoweringError
 from graft.compiler.kv.codecs import Affine, DensePages, InPlace, KeyChannels
@@ -39,8 +39,8 @@ class Halved(DensePages):
     loader: ClassVar[str] = ""
 
 
-# Every loader with and without a selection, every kind of unit, both axes and all widths of codes, groups of 1, 3, 4 and
-# 8 query heads and head sizes of 64, 80, 96 and 128 are among them, all of them in either dtype or both.
+# Every loader with and without a selection, every kind of unit, both axes and all widths of codes, groups of 1, 3, 4
+# and 8 query heads and head sizes of 64, 80, 96 and 128 are among them, all of them in either dtype or both.
 CASES = (
     Case(DensePages(), group=1, key_dim=96, value_dim=80),
     Case(DensePages(), PageBounds(0.3, least=32), group=8, queries=True, dtype=HALF),
@@ -92,10 +92,11 @@ def test_attention_over_pages_is_that_of_the_reference(case: Case) -> None:
     assert_same(case, executable, case.function())
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS.values() if isa.name in ("portable", "avx2")], ids=lambda isa: isa.name)
-def test_other_instruction_sets_read_the_same_pages(isa: Isa) -> None:
-    for case in (CASES[3], CASES[12]):
-        assert_same(case, compiled(case, isa), case.function())
+@pytest.mark.parametrize(("isa", "index"), [("avx2", 3), ("avx2", 12), ("portable", 3), ("portable", 12)])
+def test_other_instruction_sets_read_the_same_pages(isa: str, index: int) -> None:
+    if ISAS[isa] not in runnable():
+        pytest.skip(f"this machine does not run {isa}")
+    assert_same(CASES[index], compiled(CASES[index], ISAS[isa]), CASES[index].function())
 
 
 def test_the_first_layers_read_everything() -> None:

@@ -157,7 +157,8 @@ def test_passes_lists_components_with_options_and_documentation(capsys: pytest.C
     text = output(capsys, "passes")
     assert "drop-block (approximate)" in text and "kind=feed-forward" in text and "Take blocks out" in text
     found = json.loads(output(capsys, "passes", "--json"))
-    assert {"pass", "drafter", "tree policy", "verifier", "controller"} == found.keys()
+    kinds = {"pass", "drafter", "tree policy", "verifier", "controller", "codec", "eviction policy", "selection"}
+    assert kinds == found.keys()
     (drop,) = [component for component in found["pass"] if component["name"] == "drop-block"]
     assert drop["contract"] == "approximate"
     assert {option["name"] for option in drop["options"]} == {"index", "kind"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ Loose = dict[fx.Node, list[Any]]
 def run_rows(
     kernel: AtenKernel, weights: nn.Module, count: int, array: Callable[[str], Tensor], loose: Loose
 ) -> None:
-    """Run a kernel's nodes for each of `count` rows. `array` gives the array of that name, [rows, width] (constants
-    [1, width]); results are written there, or into `loose`."""
+    """Run a kernel's nodes for each of `count` rows, of a guarded one for those that need it. `array` gives the array
+    of that name, [rows, width] (constants [1, width]); results are written there, or into `loose`."""
     for node in kernel.results:
         if node not in kernel.views:
             loose[node] = []
-    for row in range(count):
+    for row in rows_needed(kernel, count, array):
         known: dict[fx.Node, Any] = {}
         for node in kernel.operands:
             if node in kernel.views:
@@ -40,6 +40,15 @@ def run_rows(
                 array(node.name)[row].copy_(known[node].reshape(-1))
             else:
                 loose[node].append(known[node])
+
+
+def rows_needed(kernel: AtenKernel, count: int, array: Callable[[str], Tensor]) -> Iterable[int]:
+    """The rows to run. What is handed on row by row is there for every row."""
+    if kernel.guard is None or not all(node in kernel.views for node in kernel.results):
+        return range(count)
+    mask = array(kernel.guard.mask.name)[:count, 0] != 0
+    found: list[int] = (mask == kernel.guard.wanted).nonzero().flatten().tolist()
+    return found
 
 
 def seen(stored: Tensor, row: int, view: View, dtype: torch.dtype) -> Tensor:

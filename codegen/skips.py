@@ -52,7 +52,7 @@ def guard_text(guard: Guard) -> str:
 
 
 def guarded_regions(kernels: Sequence[Kernel]) -> list[Guarded]:
-    """The guards under which work stands that need not be done; ATen's kernels always run."""
+    """The guards under which work stands that need not be done. What ATen runs row by row is not counted."""
     first: dict[Guard, int] = {}
     runs: dict[Guard, set[int]] = {}
     weights: dict[Guard, int] = {}

@@ -82,7 +82,7 @@ class CppExecutable:
         self.given = (*self.inputs, *(f"state {index}" for index in range(len(function.states))), *far)
         self.external = frozenset((*self.inputs, *(array.name for array in self.cut.outputs)))
         self.offsets, self.bytes_per_row = place_arrays(self.cut.kernels, self.external)
-        self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.arrays}
+        self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.reads}
         self.seconds: np.ndarray | None = None
         """Where to add up what each compiled kernel takes, in their order; None, as a rule, measures nothing."""
         self.skipped = np.zeros((len(self.guarded), 4), np.int64)

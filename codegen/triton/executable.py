@@ -80,7 +80,7 @@ class TritonExecutable:
         self.offsets, self.bytes_per_row = place_arrays(self.cut.kernels, external)
         scratch = max((launch.printed.scratch for launch in self.code.launches), default=0)
         self.scratch_at, self.bytes_per_row = self.bytes_per_row, self.bytes_per_row + -(-scratch // 16) * 64
-        self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.arrays}
+        self.arrays = {array.name: array for kernel in self.cut.kernels for array in kernel.reads}
         self.arena = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.buckets: OrderedDict[object, Bucket] = OrderedDict()
 
@@ -259,7 +259,7 @@ class TritonExecutable:
 
     def aten(self, kernel: AtenKernel, named: dict[str, Any], bucket: Bucket) -> Step:
         """Nodes that ATen runs, row by row."""
-        arrays: dict[str, Tensor] = {array.name: named[array.name] for array in kernel.arrays}
+        arrays: dict[str, Tensor] = {array.name: named[array.name] for array in kernel.reads}
 
         def array(name: str) -> Tensor:
             value = arrays[name]

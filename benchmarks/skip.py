@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from math import exp
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="of each prompt")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2], help="feed-forwards to skip")
     parser.add_argument("--width", type=int, default=4, help="blocks that are tried at each drop behind the first")
+    parser.add_argument("--drops", type=Path, help="a file of the search for drops: read if it is there, else written")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--save", default="skip", help="name of the record under benchmarks/results")
     arguments = parser.parse_args()
@@ -56,7 +58,12 @@ def main() -> None:
         console.print(f"measuring {text}")
 
     skips = graft.calibrate_skip_ffn(model, texts, rates=arguments.rates, progress=say)
-    drops = graft.calibrate_drops(model, texts, count=COUNTS[-1], width=arguments.width, progress=say)
+    if arguments.drops and arguments.drops.is_file():
+        drops = graft.DropCalibration.load(arguments.drops, model)
+    else:
+        drops = graft.calibrate_drops(model, texts, count=COUNTS[-1], width=arguments.width, progress=say)
+        if arguments.drops:
+            drops.save(arguments.drops)
     changes: list[tuple[Pass, ...]] = [(), *((one.change,) for one in skips.proposals)]
     changes += [drops.passes(count) for count in COUNTS]
     steps = timed(tidy(model), changes, texts)

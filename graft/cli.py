@@ -125,7 +125,7 @@ def add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help="for the heads; a run goes on there")
     what = 'text, or ".jsonl" with a "prompt" or "turns" in each line, which the model continues'
     command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=what)
-    kinds = ("hydra", "medusa", "kangaroo", "exit-classifier")
+    kinds = ("hydra", "medusa", "kangaroo", "acceptance", "exit-classifier")
     command.add_argument("--kind", choices=kinds, default="hydra", help="what to train (%(default)s)")
     command.add_argument("--prefix", action="store_true", help="Hydra++: a decoder layer in front of the heads")
     command.add_argument("--unembedding", choices=("target", "shared"), default="target", help="(%(default)s)")

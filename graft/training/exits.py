@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, linear
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, silu
 
 from graft.compiled import CompiledModel
 from graft.compiler.canonical import ATTENTION, aten
@@ -19,6 +19,7 @@ from graft.compiler.ops import causal_attention
 from graft.compiler.program import Function
 from graft.compiler.shapes import attribute
 from graft.compiler.trunk import Trunk, find_trunk
+from graft.passes.acceptance_head import ACCEPTANCE_FORMAT, ACCEPTANCE_WEIGHTS, EPS, acceptance_shapes
 from graft.passes.early_exit import check_exit
 from graft.passes.exit_adapter import ADAPTER_FORMAT, ADAPTER_WEIGHTS, adapter_parts
 from graft.passes.exit_classifier import CLASSIFIER_FORMAT, CLASSIFIER_WEIGHTS
@@ -100,6 +101,30 @@ def run_part(part: Part, stream: Tensor) -> Tensor:
     return found[0]
 
 
+class ExitGuess:
+    """What the final norm and the unembedding make of the stream at an exit."""
+
+    def __init__(self, compiled: CompiledModel, layer: int) -> None:
+        matrix = tables(compiled)[1]
+        self.unembedding, self.dtype = matrix.float(), matrix.dtype
+        function, trunk = dense(compiled, layer)
+        stream = trunk.layers[layer][0].stream
+        for block in reversed([block for one in trunk.layers[layer:] for block in one]):
+            block.drop()
+        self.part = Part(beginning(function, stream, trunk.hidden))
+
+    @torch.no_grad()
+    def normed(self, batch: Sequence[Sample]) -> Tensor:
+        """[tokens, width]: the final norm."""
+        return torch.cat([run_part(self.part, one.hidden.to(self.unembedding.device)) for one in batch])
+
+    @torch.no_grad()
+    def right(self, batch: Sequence[Sample], normed: Tensor | None = None) -> Tensor:
+        """bool [tokens]: whether the best token here is the target's."""
+        early = linear(self.normed(batch) if normed is None else normed, self.unembedding).argmax(-1)
+        return early == torch.cat([one.labels[:, 0] for one in batch]).to(early.device)
+
+
 class OwnParameters(nn.Module):
     """Parameters by the names of a folder."""
 
@@ -178,6 +203,65 @@ def chain_length(hits: Sequence[Tensor], most: int) -> float:
     return float(torch.cat(runs).mean()) if runs and sum(map(len, runs)) else 0.0
 
 
+class TrainedAcceptance:
+    """SpecDec++'s acceptance head (2405.19715) for an exit: whether the target would choose what the exit drafts.
+
+    Cross entropy over the two classes, a rejected token counting `REJECTED` times as the paper has it. The paper mixes
+    tokens of draft and target into the text; the text here is the target's own, of which every place is asked about.
+    """
+
+    file = ACCEPTANCE_WEIGHTS
+    REJECTED = 6.0
+
+    def __init__(self, compiled: CompiledModel, options: TrainOptions) -> None:
+        self.exit, self.options = ExitGuess(compiled, options.layer), options
+        width, device = self.exit.unembedding.shape[1], self.exit.unembedding.device
+        shapes = acceptance_shapes(options.layers, width)
+        # Blocks that start at zero pass the stream on.
+        self.network = OwnParameters({name: torch.zeros(shape) for name, shape in shapes.items()}).to(device)
+
+    def answers(self, batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """[tokens, 2], and whether the token was right."""
+        x = torch.cat([one.hidden for one in batch]).to(self.exit.unembedding.device).float()
+        x = x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt()
+        for block in range(self.options.layers):
+            at = f"model.{block}.linear"
+            x = x + silu(linear(x, self.network[f"{at}.weight"], self.network[f"{at}.bias"]))
+        at = f"model.{self.options.layers}"
+        return linear(x, self.network[f"{at}.weight"], self.network[f"{at}.bias"]), self.exit.right(batch)
+
+    def losses(self, batch: Sequence[Sample]) -> list[Tensor]:
+        """See `Trainee.losses`."""
+        found, right = self.answers(batch)
+        return [cross_entropy(found, right.long(), torch.tensor([self.REJECTED, 1.0], device=found.device))]
+
+    @torch.no_grad()
+    def measure(self, held: Iterable[Sequence[Sample]]) -> Figures:
+        """See `Trainee.measure`: how often a drafted token is right, and how often the head says which it is."""
+        loss, said, right = 0.0, list[Tensor](), list[Tensor]()
+        for batch in held:
+            loss += float(self.losses(batch)[0]) * sum(len(one.tokens) for one in batch)
+            for one in batch:
+                scores, truth = self.answers([one])
+                said.append((scores.argmax(-1) == 1).cpu())
+                right.append(truth.cpu())
+        count = max(sum(map(len, right)), 1)
+        agreed = sum(int((one == truth).sum()) for one, truth in zip(said, right, strict=True))
+        return {
+            "places": count,
+            "loss": loss / count,
+            "right_at_exit": round(sum(int(one.sum()) for one in right) / count, 4),
+            "judged_rightly": round(agreed / count, 4),
+            "tokens_per_step": 1 + chain_length(right, self.options.heads),
+        }
+
+    def finished(self, best: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Trainee.finished`."""
+        tensors = {name: tensor.to("cpu", self.exit.dtype).contiguous() for name, tensor in best.items()}
+        about = {"layer": self.options.layer, "num_layers": self.options.layers}
+        return {"format": ACCEPTANCE_FORMAT, **about}, tensors
+
+
 class TrainedClassifier:
     """An exit classifier (CALM, 2207.07061): whether the best token at the exit is the target's best one.
 
@@ -188,24 +272,15 @@ class TrainedClassifier:
     file = CLASSIFIER_WEIGHTS
 
     def __init__(self, compiled: CompiledModel, options: TrainOptions) -> None:
-        matrix = tables(compiled)[1]
-        self.options, self.unembedding, self.dtype = options, matrix.float(), matrix.dtype
-        function, trunk = dense(compiled, options.layer)
-        stream = trunk.layers[options.layer][0].stream
-        for block in reversed([block for one in trunk.layers[options.layer :] for block in one]):
-            block.drop()
-        self.part = Part(beginning(function, stream, trunk.hidden))
+        self.options, self.exit = options, ExitGuess(compiled, options.layer)
+        matrix = self.exit.unembedding
         self.network = OwnParameters({"weight": torch.zeros(1, matrix.shape[1]), "bias": torch.zeros(1)})
         self.network.to(matrix.device)
 
     def answers(self, batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """[tokens] each: the classifier's logit, and whether it was right to exit."""
-        device = self.unembedding.device
-        with torch.no_grad():
-            normed = torch.cat([run_part(self.part, one.hidden.to(device)) for one in batch])
-            early = linear(normed, self.unembedding).argmax(-1)
-        right = early == torch.cat([one.labels[:, 0] for one in batch]).to(device)
-        return linear(normed, self.network["weight"], self.network["bias"])[:, 0], right
+        normed = self.exit.normed(batch)
+        return linear(normed, self.network["weight"], self.network["bias"])[:, 0], self.exit.right(batch, normed)
 
     def losses(self, batch: Sequence[Sample]) -> list[Tensor]:
         """See `Trainee.losses`."""
@@ -235,5 +310,5 @@ class TrainedClassifier:
 
     def finished(self, best: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Trainee.finished`."""
-        tensors = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in best.items()}
+        tensors = {name: tensor.to("cpu", self.exit.dtype).contiguous() for name, tensor in best.items()}
         return {"format": CLASSIFIER_FORMAT, "layer": self.options.layer}, tensors

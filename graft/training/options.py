@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from graft.compiler.errors import PlanError
 from graft.passes.heads.config import Unembedding
 
-Kind = Literal["hydra", "medusa", "kangaroo", "exit-classifier"]
-"""Heads, Kangaroo's adapter, or a classifier for `ConfidenceExit`."""
+Kind = Literal["hydra", "medusa", "kangaroo", "acceptance", "exit-classifier"]
+"""Heads, Kangaroo's adapter, SpecDec++'s head for `LayerSkip`, or a classifier for `ConfidenceExit`."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TrainOptions:
     heads: int = 4
     """Of an adapter: tokens of the chain that the figures are about."""
     layers: int = 1
-    """Residual blocks of each head."""
+    """Residual blocks of each head, or of an acceptance head."""
     vocabulary: int = 8192
     """Tokens that heads draft, the most frequent ones of the text; 0 for all."""
     unembedding: Unembedding = "target"
@@ -28,7 +28,7 @@ class TrainOptions:
     prefix: bool = False
     """Hydra++: a decoder layer over the hidden states in front of the heads."""
     layer: int = 2
-    """Kangaroo and classifiers: how many layers are in front of the exit."""
+    """Kangaroo, acceptance heads and classifiers: how many layers are in front of the exit."""
     length: int = 256
     """Tokens of a sequence at most; longer texts are cut."""
     new_tokens: int = 256

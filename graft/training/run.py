@@ -18,7 +18,7 @@ from torch import Tensor
 from graft.compiled import CompiledModel
 from graft.compiler.errors import CheckpointError
 from graft.passes.heads.dialects import CONFIG
-from graft.training.exits import Exit, TrainedAdapter, TrainedClassifier
+from graft.training.exits import Exit, TrainedAcceptance, TrainedAdapter, TrainedClassifier
 from graft.training.features import Sample, Shards, Texts, compute, replace_text, sequences
 from graft.training.options import TrainOptions
 from graft.training.steps import Figures, batches
@@ -40,7 +40,8 @@ def train_heads(
     say: Say | None = None,
 ) -> dict[str, Any]:
     """Train what `options.kind` names for a compiled model on `texts` and write it to `folder`: for
-    `graft.Heads(folder)`, `graft.Kangaroo(folder, layer)` or `graft.ConfidenceExit(layer, threshold, folder)`.
+    `graft.Heads(folder)`, `graft.Kangaroo(folder, layer)`, `graft.LayerSkip(layer, acceptance=folder)` or
+    `graft.ConfidenceExit(layer, threshold, folder)`.
 
     `compiled` must be the target without approximations, with its parameters (compiled without `release`); training
     runs on its device. `name` says in the result which model they are for. Interrupted, the same call goes on where it
@@ -56,8 +57,8 @@ def train_heads(
     shards = Shards(work)
     found = sequences(compiled, texts, work, options.length, options.new_tokens)
     count = min(options.labels, compiled.decoder.vocabulary)
-    at_exit = options.kind in ("kangaroo", "exit-classifier")
-    stream = Exit(compiled, options.layer).stream if at_exit else None
+    on_heads = options.kind in ("hydra", "medusa")
+    stream = None if on_heads else Exit(compiled, options.layer).stream
     features = lambda one: compute(compiled, one, count, stream)  # noqa: E731
     shards.build(found, features, lambda done: say(f"hidden states of {done} tokens"))
     run = Run(compiled, shards, options, work)
@@ -102,6 +103,8 @@ def trainee(compiled: CompiledModel, shards: Shards, options: TrainOptions) -> T
     """What the options name."""
     if options.kind == "kangaroo":
         return TrainedAdapter(compiled, options)
+    if options.kind == "acceptance":
+        return TrainedAcceptance(compiled, options)
     if options.kind == "exit-classifier":
         return TrainedClassifier(compiled, options)
     return TrainedHeads(compiled, shards, options)

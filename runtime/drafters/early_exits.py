@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graft.compiler.drafting import (
+    Candidates,
     Context,
     Drafter,
     Drafting,
@@ -19,13 +20,15 @@ from graft.compiler.drafting import (
 )
 from graft.compiler.errors import PlanError
 from graft.compiler.passing import Pass
+from graft.passes.acceptance_head import ACCEPTANCE, AcceptanceHead
 from graft.passes.split import Split
-from graft.runtime.decoder import Rows
+from graft.runtime.decoder import Decoder, Rows
+from graft.runtime.drafters.heads import run_rows
 from graft.runtime.drafters.self_draft import SelfDrafting
-from graft.runtime.drafters.with_function import drawn_kind
+from graft.runtime.drafters.with_function import Growing, drawn_kind
 from graft.runtime.request import slot_of
 from graft.runtime.split import SplitTarget, split_of
-from graft.runtime.tree_policies import Chain
+from graft.runtime.tree_policies import Chain, ChainUntil
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,21 @@ class LayerSkip(Drafter):
     """Stop behind a token whose probability is below; 0 never stops."""
     sample: bool = False
     """Draw from the early distribution, for verifier Leviathan, rather than take the best token."""
+    acceptance: str = ""
+    """A folder of `train-heads --kind acceptance`: a head that says how probably each token is accepted (SpecDec++,
+    2405.19715). It stands for the token's own probability, and the chain ends by `ChainUntil`'s rule."""
+    threshold: float = 0.7
+    """With `acceptance`: stop when the chance that one of the tokens is rejected exceeds this."""
 
     def __post_init__(self) -> None:
         check_eta(self.eta, type(self).__name__)
+        if self.acceptance and (self.sample or self.eta):
+            raise PlanError(
+                "an acceptance head stops a chain of best tokens by itself",
+                expected="acceptance with neither eta nor sample",
+                found=self,
+                where=type(self).__name__,
+            )
 
     @property
     def kind(self) -> DraftKind:
@@ -54,11 +69,15 @@ class LayerSkip(Drafter):
     @property
     def passes(self) -> tuple[Pass, ...]:
         """See `Drafter.passes`."""
-        return (Split((self.layer,)),)
+        head = (AcceptanceHead(self.acceptance, self.layer),) if self.acceptance else ()
+        return (Split((self.layer,)), *head)
 
     def open(self, target: Target, policy: TreePolicy) -> Drafting:
         """See `Drafter.open`; the plan's tree policy has no say in a chain."""
-        return ExitDrafting(split_of(target), self.layer, self.eta, sample=self.sample)
+        split = split_of(target)
+        if self.acceptance:
+            return JudgedExitDrafting(split, self.layer, target.functions[ACCEPTANCE], self.threshold)
+        return ExitDrafting(split, self.layer, self.eta, sample=self.sample)
 
 
 @dataclass(frozen=True)
@@ -168,6 +187,37 @@ class ExitDrafting(SelfDrafting):
     def end(self, context: Context) -> None:
         """See `Drafting.end`."""
         self.split.forget(slot_of(context))
+
+
+class JudgedExitDrafting(ExitDrafting):
+    """The `Drafting` of one exit whose tokens an acceptance head judges."""
+
+    def __init__(self, split: SplitTarget, layer: int, head: Decoder, threshold: float) -> None:
+        super().__init__(split, layer, 0.0)
+        self.policy, self.head = ChainUntil(threshold), head
+        self.chances: dict[tuple[int, int], float] = {}
+        """(slot, position of a row) -> the chance of the token that is drafted behind it; of the latest call."""
+
+    def run(self, rows: Rows) -> Tensor:
+        """See `FunctionDrafting.run`; the head reads what the layers below left."""
+        logits = super().run(rows)
+        stream = self.decoder.hidden
+        assert stream is not None
+        found = run_rows(self.head, [[0]] * len(rows), list(stream.split(1)))
+        chances = found.softmax(-1)[:, 1].tolist()
+        self.chances |= dict(zip(zip(rows.slots, rows.positions, strict=True), chances, strict=True))
+        return logits
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
+        """See `Drafting.propose`."""
+        self.chances.clear()
+        return super().propose(contexts, budgets)
+
+    def best(self, one: Growing, logits: Tensor) -> list[Candidates]:
+        """See `FunctionDrafting.best`."""
+        last, found = len(one.context.tokens) - 1, super().best(one, logits)
+        chances = [self.chances[one.slot, last + len(one.tree.path(node))] for node in one.asked]
+        return [[(row[0][0], chance)] for row, chance in zip(found, chances, strict=True)]
 
 
 @dataclass

@@ -116,6 +116,12 @@ class Held:
     answers: dict[tuple[int, ...], Candidates] = field(default_factory=dict)
     """What heads said of the latest tree, by the tokens down to a node."""
 
+    @property
+    def read(self) -> Tensor:
+        """What the heads read."""
+        assert self.hidden is not None
+        return self.hidden
+
 
 @dataclass(kw_only=True)
 class Asking(GrowingTree):
@@ -205,7 +211,8 @@ class ParallelHeads(HeadsDrafting):
 
     def prepare(self, growing: Sequence[Asking]) -> None:
         """One row for each request; what a head says is the answer at its depth."""
-        logits = run_rows(self.levels[0], [one.context.tokens[-1:] for one in growing], [one.held for one in growing])
+        last, hidden = [one.context.tokens[-1:] for one in growing], [one.held.read for one in growing]
+        logits = run_rows(self.levels[0], last, hidden)
         best = self.best(logits.reshape(-1, len(self.tokens)))
         heads = len(best) // len(growing)
         for row, one in enumerate(growing):
@@ -292,7 +299,7 @@ class SequentialHeads(HeadsDrafting):
     def ask(self, depth: int, questions: Sequence[Question]) -> None:
         """Run a head over a row for each question, and write the answers down."""
         texts = [(one.tree.context.tokens[-1], *one.tokens) for one in questions]
-        logits = run_rows(self.levels[depth], texts, [one.tree.held for one in questions])
+        logits = run_rows(self.levels[depth], texts, [one.tree.held.read for one in questions])
         for one, candidates in zip(questions, self.best(logits), strict=True):
             one.answers[one.place] = one.tree.held.answers[one.tokens] = candidates
 
@@ -358,16 +365,15 @@ class PrefixedHeads(SequentialHeads):
             one.held.hidden, one.held.said = first.hidden[end - 1 : end], [said]
 
 
-def run_rows(decoder: Decoder, texts: Sequence[Sequence[int]], held: Sequence[Held]) -> Tensor:
+def run_rows(decoder: Decoder, texts: Sequence[Sequence[int]], hidden: list[Tensor]) -> Tensor:
     """Logits [rows, ...] of a function without a state on one row for each text: its tokens, the last one last, and
-    what the heads read of the request that it belongs to."""
+    the hidden state [1, width] that it reads."""
     count, device = len(texts), decoder.device
     # One tensor for everything, taken apart in one call: each further call of torch costs as much as a row.
     rows = np.zeros((4 + len(texts[0]), count), np.int64)
     rows[1], rows[2] = NO_PARENT, np.arange(count)
     rows[4:] = np.array(texts, np.int64).T
     zeros, parents, wanted, lengths, *tokens = torch.from_numpy(rows).to(device).unbind()
-    hidden = [one.hidden for one in held if one.hidden is not None]
     with torch.inference_mode():
         flat = (tokens[-1], zeros, zeros, parents, lengths[:1], wanted)
         logits, _ = decoder.executable(*flat, hidden[0] if count == 1 else torch.cat(hidden), *tokens[:-1])

@@ -153,10 +153,10 @@ class FunctionDrafting(ABC):
             else:
                 answer = logits[place : place + len(one.asked)]
                 place += len(one.asked)
-            one.send(self.drawn(one, answer) if self.sample else self.best(answer))
+            one.send(self.drawn(one, answer) if self.sample else self.best(one, answer))
 
-    def best(self, logits: Tensor) -> list[Candidates]:
-        """The best tokens of each row, with their probabilities."""
+    def best(self, one: Growing, logits: Tensor) -> list[Candidates]:
+        """The best tokens at each asked node, with their probabilities."""
         tokens, shares = self.decoder.best(logits, self.candidates)
         return [list(zip(row, share, strict=True)) for row, share in zip(tokens.tolist(), shares.tolist(), strict=True)]
 

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
+from graft.compiler.drafting import Context
+from graft.runtime.decoder import Rows
+from graft.runtime.split import split_of
 from graft.training import TrainOptions, train_heads
 from graft.training.exits import Exit, TrainedAdapter, chain_length
 from graft.training.features import Sample
@@ -34,7 +37,7 @@ def plan(**parts: Any) -> graft.CompiledModel:
     return graft.compile(build("llama", eos_token_id=None), graft.Plan(sample=SAMPLE, **parts), backend="aten")
 
 
-@pytest.fixture(scope="module", params=["kangaroo", "exit-classifier"])
+@pytest.fixture(scope="module", params=["kangaroo", "acceptance", "exit-classifier"])
 def trained(
     request: pytest.FixtureRequest, compiled: graft.CompiledModel, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
@@ -62,6 +65,17 @@ def test_the_loss_falls_and_what_comes_out_is_used(
         with pytest.raises(graft.CheckpointError, match="another exit"):
             plan(draft=[graft.Kangaroo(str(folder), layer=2)])
         return
+    if data["training"]["kind"] == "acceptance":
+        spec = graft.LayerSkip(1, acceptance=str(folder), threshold=0.99)
+        fast = plan(draft=[spec], controller=graft.FixedBudget(3))
+        assert fast.generate(ids, **GREEDY).equal(compiled.generate(ids, **GREEDY))
+        assert fast.stats["drafted"] > 0
+        with pytest.raises(graft.CheckpointError, match="does not fit"):
+            plan(draft=[graft.LayerSkip(2, acceptance=str(folder))])
+        with pytest.raises(graft.PlanError, match="by itself"):
+            graft.LayerSkip(1, eta=0.5, acceptance=str(folder))
+        assert_judged_by_the_equations(fast, spec, load_file(folder / "acceptance.safetensors"))
+        return
     never, always = (plan(target=[graft.ConfidenceExit(1, at, str(folder))]) for at in (1.0, 1e-6))
     assert never.generate(ids, **GREEDY).equal(compiled.generate(ids, **GREEDY))
     exit_ = plan(target=[graft.EarlyExit(1)])
@@ -70,6 +84,34 @@ def test_the_loss_falls_and_what_comes_out_is_used(
         plan(target=[graft.ConfidenceExit(2, 0.5, str(folder))])
     with pytest.raises(graft.CheckpointError, match="no exit classifier"):
         plan(target=[graft.ConfidenceExit(1, 0.5, str(tmp_path))])
+
+
+def assert_judged_by_the_equations(fast: graft.CompiledModel, spec: graft.LayerSkip, tensors: dict[str, Any]) -> None:
+    """Every drafted token's chance, against the head's equations on transformers' stream; then the rule that stops."""
+    model, text = build("llama", eos_token_id=None), [5, 6, 7, 8, 9]
+    chances: list[float] = []
+    for threshold in (1.0, 0.5):
+        drafting: Any = replace(spec, threshold=threshold).open(fast.decoder, graft.Chain())
+        slot, rows = fast.decoder.open(), Rows()
+        rows.add_chain(slot, text[:-1], 0)
+        fast.decoder.forward(rows)
+        fast.decoder.commit(slot, range(4))
+        (tree,) = drafting.propose([Context(list(text), 5, {"slot": slot})], [4])
+        split_of(fast.decoder).forget(slot)
+        fast.decoder.close(slot)
+        if threshold < 1:
+            products = torch.tensor(chances).cumprod(0)
+            assert len(tree) == min(4, 1 + int((1 - products <= threshold).sum()))
+            continue
+        for node, chance in enumerate(tree.probabilities):
+            ids = torch.tensor([[*text, *tree.tokens[:node]]])
+            with torch.no_grad():
+                x = model.model(ids, output_hidden_states=True).hidden_states[1][0, -1]
+            x = x / (x.pow(2).mean() + 1e-6).sqrt()
+            x = x + torch.nn.functional.silu(tensors["model.0.linear.weight"] @ x + tensors["model.0.linear.bias"])
+            expected = (tensors["model.1.weight"] @ x + tensors["model.1.bias"]).softmax(-1)[1]
+            assert chance == pytest.approx(float(expected), abs=1e-5)
+            chances.append(chance)
 
 
 def test_a_classifier_decides_by_its_own_line(compiled: graft.CompiledModel, tmp_path: Path) -> None:
@@ -114,4 +156,4 @@ def test_the_files_are_named_by_the_paper(trained: tuple[Path, list[str]]) -> No
         assert {"layers.0.self_attn.q_proj.weight", "layers.0.input_layernorm.weight", "norm.weight"} <= set(
             load_file(folder / "adapter.safetensors")
         )
-    assert names in ({"config.json", "adapter.safetensors"}, {"config.json", "classifier.safetensors"})
+    assert len(names) == 2 and names & {"adapter.safetensors", "acceptance.safetensors", "classifier.safetensors"}

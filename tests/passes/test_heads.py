@@ -8,12 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from graft.compiler.errors import CheckpointError
 from graft.compiler.nodes import call_nodes
 from graft.compiler.passing import Pass, View
 from graft.compiler.program import FLAT, Function, Input
-from graft.passes import hydra_heads, medusa_heads
+from graft.passes import acceptance_head, hydra_heads, medusa_heads
 from graft.passes.heads.config import HeadsConfig
 from graft.passes.hydra_heads import HydraHeads
 from graft.passes.medusa_heads import MedusaHeads
@@ -51,6 +52,20 @@ def test_the_docstring_shows_what_it_does(module: ModuleType, config: HeadsConfi
     found = [expression(node) for node in function.output.args[0]]
     for path, short in NAMES[config].items():
         found = [text.replace(path, short) for text in found]
+    assert [expression(node) for node in shown] == found
+
+
+def test_the_docstring_of_the_acceptance_head_shows_what_it_does(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(shape) for name, shape in acceptance_head.acceptance_shapes(1, 64).items()}
+    save_file(tensors, tmp_path / acceptance_head.ACCEPTANCE_WEIGHTS)
+    (tmp_path / "config.json").write_text('{"layer": 1, "num_layers": 1}')
+    function = grafted(acceptance_head.AcceptanceHead(str(tmp_path), 1), "acceptance")
+    names = {"0.linear.weight": "w", "0.linear.bias": "b", "1.weight": "o", "1.bias": "c"}
+    rows = (*FLAT, Input("hidden", ("N", 64), torch.float32))
+    shown = Sheet(rows, dict.fromkeys(names.values(), (64,))).run(listings(acceptance_head)[1])
+    found = [expression(node) for node in function.output.args[0]]
+    for path, short in names.items():
+        found = [text.replace(f"acceptance.model.{path}", short) for text in found]
     assert [expression(node) for node in shown] == found
 
 

@@ -1,4 +1,12 @@
-"""A classifier that says of a row whether it may exit (CALM, 2207.07061): a line over the stream's final norm."""
+"""A classifier that says of a row whether it may exit (CALM, 2207.07061): a line over the stream's final norm.
+
+before:
+    early = _to_copy(linear(final_norm(h1), table), dtype=float32)
+    total = sum(exp(sub(early, amax(early, [-1], True))), [-1], True)
+    share = reciprocal(total)
+after:
+    share = sigmoid(_to_copy(linear(final_norm(h1), weight, bias), dtype=float32))
+"""
 
 from __future__ import annotations
 

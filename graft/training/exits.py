@@ -45,13 +45,14 @@ class Part(fx.Interpreter):
         value = self.own[target] if target in self.own else super().get_attr(target, args, kwargs)
         return value.float() if value.dtype in NARROW else value
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An operator; attention as what it means, since the operator itself has no gradient."""
-        if target in ATTENTION:
+    def run_node(self, node: fx.Node) -> Any:
+        """A node; attention as what it means, since the operator itself has no gradient."""
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.target in ATTENTION:
             return causal_attention(*args, **kwargs)
-        if target is aten._to_copy.default and kwargs.get("dtype") in NARROW:
+        if node.target is aten._to_copy.default and kwargs.get("dtype") in NARROW:
             return args[0]
-        return super().call_function(target, args, kwargs)
+        return super().run_node(node)
 
 
 def dense(compiled: CompiledModel, layer: int) -> tuple[Function, Trunk]:

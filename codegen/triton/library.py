@@ -84,22 +84,28 @@ def print_kernel(kernel: Kernel) -> tuple[Printed, ...]:
 
 def guarded(printed: Printed, guard: Guard) -> Printed:
     """The kernel, whose programs return at once where no row's mask is as it has to be. The mask is read on the device,
-    so that a CUDA graph holds the choice."""
-    kept = "!= 0" if guard.wanted else "== 0"
+    so that a CUDA graph holds the choice. Rows that only fill up a bucket belong to no sequence and need nothing."""
+    kept, real = "!= 0" if guard.wanted else "== 0", guard.mask.rows == "N"
+    read = "slot = tl.load(guard_slots + guard_at, mask=guard_at < guard_rows, other=-1)"
     branch = (
         "needed = 0",
         f"for first in range(0, guard_rows, {GUARD_BLOCK}):",
         f"    guard_at = first + tl.arange(0, {GUARD_BLOCK})",
         f"    mask = tl.load(guard + guard_at, mask=guard_at < guard_rows, other={0.0 if guard.wanted else 1.0})",
-        f"    needed = tl.maximum(needed, tl.max((mask {kept}).to(tl.int32), 0))",
+        *([f"    {read}"] if real else []),
+        f"    needs = (mask {kept}){' & (slot >= 0)' if real else ''}",
+        "    needed = tl.maximum(needed, tl.max(needs.to(tl.int32), 0))",
         "if needed == 0:",
         "    return",
     )
+    slots = [("guard_slots", "*i64")] if real else []
     return replace(
         printed,
-        parameters=(*printed.parameters, ("guard", "*fp32"), ("guard_rows", "i32")),
+        parameters=(*printed.parameters, ("guard", "*fp32"), ("guard_rows", "i32"), *slots),
         body=(*branch, *printed.body),
-        arguments=(*printed.arguments, guard.mask.name, f"rows {guard.mask.rows}"),
+        arguments=(
+            *printed.arguments, guard.mask.name, f"rows {guard.mask.rows}", *(["sequences"] if real else [])
+        ),
     )
 
 

@@ -162,7 +162,7 @@ def measure_guards() -> dict[str, bool]:
     """Whether kernels run only where some row's mask is as wanted, over more rows than are looked at in one go."""
     found, count = {}, GUARD_BLOCK + 3
     for wanted in (True, False):
-        for odd in (None, 0, count - 1):
+        for odd in (None, 0, count - 1, -2):  # -2: the one before the last, which only fills up a bucket
             rows = Rows()
             x = rows.input(torch.arange(1.0, 2 * count + 1).reshape(count, 2))
             kernel = replace(
@@ -174,11 +174,13 @@ def measure_guards() -> dict[str, bool]:
             if odd is not None:
                 mask[odd] = 1 - mask[odd]
             out = torch.zeros(count, 2)
-            named = {"mask": mask, "rows N": count, x.name: rows.values[x], result.name: out}
+            sequences = torch.zeros(count, dtype=torch.int64)
+            sequences[-2] = -1
+            named = {"mask": mask, "rows N": count, "sequences": sequences, x.name: rows.values[x], result.name: out}
             printed = code.launches[0].printed
             function = getattr(load(code.source), code.launches[0].function)
             function[printed.grid.programs(count)](*(named[name] for name in printed.arguments))
-            expected = torch.zeros_like(out) if odd is None else rows.values[result]
+            expected = torch.zeros_like(out) if odd in (None, -2) else rows.values[result]
             found[f"{wanted} {odd}"] = torch.equal(out, expected)
     return found
 

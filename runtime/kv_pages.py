@@ -17,7 +17,7 @@ from graft.compiler.kv.eviction import Cached
 from graft.compiler.program import KVState
 
 QUERIED = 64
-"""So many of the latest tokens' queries are shown to codecs, and to the choice of channels."""
+"""So many of the latest tokens' queries are shown to codecs."""
 
 
 @dataclass
@@ -182,11 +182,9 @@ class FarTokens:
         return queries.unflatten(-1, (-1, state.key_dim)).flatten(2, 3)
 
     def calibrate(self, slot: int, tail: Tensor) -> None:
-        """Choose the channels that labels are made of: the largest mean|q| * mean|k|."""
-        queries, (keys, _) = self.latest_queries(tail), self.parts(tail)
-        assert queries is not None
-        score = queries.float().abs().mean(2) * keys.float().abs().mean(2)
-        chosen = score.topk(self.channels.shape[-1], dim=-1).indices
+        """Choose the channels that labels are made of: those with the largest mean|k|."""
+        size = self.parts(tail)[0].float().abs().mean(2)
+        chosen = size.topk(self.channels.shape[-1], dim=-1).indices
         self.channels[:, slot] = chosen.sort(-1).values
 
     def add(self, slot: int, rows: Tensor, queries: Tensor | None) -> None:

@@ -120,8 +120,8 @@ class Affine(Codec):
     """Integers of 2, 4 or 8 bits with a float16 scale and least value for each group (KIVI, 2402.02750).
 
     x = scale * code + least, code in 0 .. 2^bits - 1. With `key_axis` "channel" a group of keys is one channel of
-    `key_group` consecutive tokens, as in KIVI; with "token" it is `key_group` channels of one token, as in llama.cpp.
-    A group of values is `value_group` channels of one token. Bits per number: bits + 32 / group.
+    `key_group` consecutive tokens, as in KIVI, which has 32; with "token" it is `key_group` channels of one token, as in
+    llama.cpp. A group of values is `value_group` channels of one token. Bits per number: bits + 32 / group.
 
     In a page: codes of keys, codes of values, scales of keys, least values of keys, and the same two of values. Codes
     of keys stand as [tile of 16 tokens][pair of channels][token][channel of the pair], those of values as [pair of
@@ -131,7 +131,7 @@ class Affine(Codec):
     key_bits: Literal[2, 4, 8] = 4
     value_bits: Literal[2, 4, 8] = 4
     key_axis: Literal["channel", "token"] = "channel"
-    key_group: int = 32
+    key_group: int = 64
     """Tokens (16, 32 or 64) or channels (a multiple of 16) of a group of keys."""
     value_group: int = 32
     """Channels of a group of values, a multiple of 16."""

@@ -65,8 +65,7 @@ class Pages:
     @property
     def reads_queries(self) -> bool:
         """Whether the cache keeps the queries of tokens beside their keys."""
-        calibrates = self.selection is not None and self.selection.calibrates
-        return calibrates or self.codec.reads_queries or (self.eviction is not None and self.eviction.reads_queries)
+        return self.codec.reads_queries or (self.eviction is not None and self.eviction.reads_queries)
 
     def trigger(self, length: int, prompt: int) -> int:
         """The first position behind `length` tokens at which the cut moves, of a text whose prompt has `prompt`."""

@@ -89,8 +89,10 @@ class Selection(ABC):
 class DoubleSparsity(Selection):
     """Single tokens by a few channels of their keys (Double Sparsity, 2408.07092).
 
-    The paper calibrates channels offline; here they are those with the largest mean|q| * mean|k| over the sequence's
-    first pages, for every layer and kv head. Its first two layers read everything, as here.
+    The paper calibrates channels offline, by queries, keys or both; here they are those with the largest mean|k| over
+    the sequence's first tail, for every layer and kv head: on SmolLM2 better than mean|q| * mean|k| there (KL 0.0071
+    against 0.0133, an eighth of 2,048 tokens), and the cache need not keep queries for it. The first two layers read
+    everything, as in the paper's code.
     """
 
     channels: float = 0.25

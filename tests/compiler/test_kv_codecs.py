@@ -106,8 +106,9 @@ def test_a_bitmap_keeps_the_largest_numbers_of_every_token() -> None:
         assert torch.equal(found, torch.where(rows.abs() >= least, rows, 0.0))
 
 
-def test_four_bits_take_five_bits_a_number_with_everything_and_half_the_channels_a_little_more_than_half() -> None:
-    assert Affine().page_bytes(64, 64, torch.bfloat16) * 8 == 5 * PAGE * 128
+def test_four_bits_take_less_than_five_a_number_with_everything_and_half_the_channels_a_little_more_than_half() -> None:
+    with_number = Affine().page_bytes(64, 64, torch.bfloat16) + 4
+    assert 4.7 * PAGE * 128 < with_number * 8 < 4.8 * PAGE * 128
     keys = PAGE * 64 * 2
     assert KeyChannels(0.5).page_bytes(64, 64, torch.bfloat16) - keys <= 0.55 * keys
 

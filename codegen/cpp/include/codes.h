@@ -132,23 +132,38 @@ struct Affine {
     static const uint8_t* page(const Far<T>& far, int64_t number) { return far.page(number); }
     static const f16* halves(const uint8_t* page, int section) { return (const f16*)(page + section); }
 
-    template <int BITS> static int code(const uint8_t* from, int index) {
-        return from[index * BITS / 8] >> index * BITS % 8 & ((1 << BITS) - 1);
+    // Brings nearer what `row` reads of the entry for itself.
+    static void expect(const uint8_t* page, int64_t entry) {
+        const uint8_t* keys = page + entry / TILE * PAIRS * KEY_STEP;
+        for (int byte = 0; byte < PAIRS * KEY_STEP; byte += 64) __builtin_prefetch(keys + byte, 0, 2);
+        const uint8_t* values = page + VALUE_CODES + entry / 2 * PARTS * VALUE_STEP;
+        for (int byte = 0; byte < PARTS * VALUE_STEP; byte += 64) __builtin_prefetch(values + byte, 0, 2);
     }
     static void row(const Far<T>&, const uint8_t* page, int64_t entry, T* key, T* value) {
-        const auto put = [&](int code, int section, int group, int groups, T& to) {
-            const float scale = widen(halves(page, section)[group]), least = widen(halves(page, section + 2 * groups)[group]);
-            narrow(C(code * scale + least), to);
-        };
-        const int token = int(entry), first = token / TILE * PAIRS * TILE + token % TILE;
-        for (int d = 0; d < KD; ++d) {
-            const int group = BY_CHANNEL ? token / KEY_GROUP * KD + d : d / KEY_GROUP * KEYS + token;
-            put(code<KEY_BITS>(page, 2 * (first + d / 2 * TILE) + d % 2), KEY_SCALE, group, KEY_SCALES, key[d]);
+        const int token = int(entry), odd = token % 2;
+        const f16 *scale = halves(page, KEY_SCALE), *low = halves(page, KEY_LEAST);
+        f32v codes[(PAIRS + LANES - 1) / LANES * 2];
+        const uint8_t* from = page + token / TILE * PAIRS * KEY_STEP + token % TILE * KEY_BITS / 4;
+        for (int first = 0; first < PAIRS; first += LANES) {
+            f32v even, uneven;
+            decoded(column(from + first * KEY_STEP, odd), even, uneven);
+            codes[first / LANES * 2] = __builtin_shuffle(even, uneven, FIRST_PAIRS);
+            codes[first / LANES * 2 + 1] = __builtin_shuffle(even, uneven, FIRST_PAIRS + LANES / 2);
         }
-        for (int d = 0; d < VD; ++d) {
-            const int at = 2 * (token / 2 * PARTS * LANES + d) + token % 2, group = token * VALUE_GROUPS + d / VALUE_GROUP;
-            put(code<VALUE_BITS>(page + VALUE_CODES, at), VALUE_SCALE, group, VALUE_SCALES, value[d]);
-        }
+        sweep<KD>([&](int64_t d, auto lanes) {
+            const int64_t at = BY_CHANNEL ? token / KEY_GROUP * KD + d : d / KEY_GROUP * KEYS + token;
+            const f32v x = BY_CHANNEL ? fma(codes[d / LANES], load(scale + at, lanes), load(low + at, lanes))
+                                      : fma(codes[d / LANES], load_one(scale + at), load_one(low + at));
+            store(key + d, widened(x, vec<C>{}), lanes);
+        });
+        scale = halves(page, VALUE_SCALE) + token * VALUE_GROUPS, low = halves(page, VALUE_LEAST) + token * VALUE_GROUPS;
+        from = page + VALUE_CODES + token / 2 * PARTS * VALUE_STEP;
+        sweep<VD>([&](int64_t d, auto lanes) {
+            const u32v pairs = code_pairs<VALUE_BITS>(from + d / LANES * VALUE_STEP);
+            const f32v code = __builtin_convertvector(bits<i32v>(odd ? pairs >> 16 : pairs & 0xffff), f32v);
+            const f32v x = fma(code, load_one(scale + d / VALUE_GROUP), load_one(low + d / VALUE_GROUP));
+            store(value + d, widened(x, vec<C>{}), lanes);
+        });
     }
 
     // A page of which so many entries count, for so many queries, of KD elements each; `next` is the page after it.
@@ -181,6 +196,22 @@ struct Affine {
     }
 
   private:
+    static constexpr i32v FIRST_PAIRS = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+
+    // A token's pairs of codes from sixteen steps, as `code_pairs` has them; what lies behind its keys is in the page, too.
+    static INLINE u32v column(const uint8_t* from, int odd) {
+        u32v x;
+#if defined(__AVX512F__)
+        x = bits<u32v>(_mm512_i32gather_epi32((__m512i)(lane_numbers<float> * KEY_STEP), from, 1));
+#else
+        for (int lane = 0; lane < LANES; ++lane) x[lane] = from[lane * KEY_STEP] | from[lane * KEY_STEP + 1] << 8;
+#endif
+        if constexpr (KEY_BITS == 8) return (x & 0xff) | (x & 0xff00) << 8;
+        if constexpr (KEY_BITS == 4) return (x & 0xf) | (x & 0xf0) << 12;
+        x = x >> 4 * odd;
+        return (x & 3) | (x & 12) << 14;
+    }
+
     template <int N> struct Number { static constexpr int value = N; };
     // Calls work(N, first) over all queries, as many at a time as may be.
     template <int N, class Work> static INLINE void some(int64_t queries, Work work, int64_t at = 0) {

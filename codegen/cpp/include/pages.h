@@ -42,6 +42,9 @@ template <class T, int KD, int VD, int KEPT, class Stored> struct KeyChannels {
 
     static const uint8_t* page(const Far<T>& far, int64_t number) { return far.page(number); }
     static const uint8_t* inner(const uint8_t* page) { return page + (KEPT + 63) / 64 * 64; }
+    static void expect(const uint8_t* page, int64_t entry) {
+        if constexpr (!Inner::in_rows) Inner::expect(inner(page), entry);
+    }
     static void row(const Far<T>& far, const uint8_t* page, int64_t entry, T* key, T* value) {
         T narrow[KEPT];
         if constexpr (Inner::in_rows) {
@@ -54,6 +57,8 @@ template <class T, int KD, int VD, int KEPT, class Stored> struct KeyChannels {
         for (int d = 0; d < KEPT; ++d) key[page[d]] = narrow[d];
     }
 };
+
+constexpr int64_t SOON = 12;  // so many entries ahead codes are brought nearer
 
 template <class L> concept Narrowing = requires { typename L::Inner; };
 
@@ -84,8 +89,10 @@ template <class A, class L> struct FarAttention {
     }
 
     // A block of entries that are rows, their keys of D elements, for the queries from `query` to `end`.
+    // `next` are entries of the block after it, which are brought nearer meanwhile.
     template <int D>
-    void rows(const T* const* entries, int count, const typename KeyTile<T, D>::Factor* factors, int64_t query, int64_t end) {
+    void rows(const T* const* entries, int count, const T* const* next, int more,
+              const typename KeyTile<T, D>::Factor* factors, int64_t query, int64_t end) {
         KeyTile<T, D> tile;
         Values<T, VD> values;
         const int tiles = (count + TILE - 1) / TILE;
@@ -94,20 +101,25 @@ template <class A, class L> struct FarAttention {
             for (int i = 0; i < TILE; ++i) some[i] = entries[least(at * TILE + i, count - 1)];
         };
         for (int at = 0; at < tiles; ++at) {
+            expect_rows<D>(next + at * TILE, least(more - at * TILE, TILE / 2));
             point(at);
             tile.fill(some);
             a.score(tile, at, query, end, factors);
         }
         for (int64_t i = query; i < end; ++i) a.queries[i].weigh(0, count);
         for (int at = 0; at < tiles; ++at) {
+            expect_rows<D>(next + at * TILE + TILE / 2, least(more - at * TILE, TILE) - TILE / 2);
             point(at);
             values.fill(some, D, at);
         }
         a.template add_some<A::SUMMED>(values, 0, tiles, query, end);
     }
 
-    static void expect(const void* from, int64_t bytes) {
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char*)from + byte, 0, 2);
+    // Few at a time, so that the loads that the work waits for get through between them.
+    template <int D> static INLINE void expect_rows(const T* const* rows, int count) {
+        for (int i = 0; i < count; ++i)
+            for (int64_t byte = 0; byte < int64_t((D + VD) * sizeof(T)); byte += 64)
+                __builtin_prefetch((const char*)rows[i] + byte, 0, 2);
     }
 
     // A page of which so many entries count, for all queries; `next` is the page after it.
@@ -134,12 +146,9 @@ template <class A, class L> struct FarAttention {
     // A page of rows.
     template <class Rows>
     void whole(const uint8_t* page, const uint8_t* next, int entries, const typename Tile::Factor* factors) {
-        const T* at[KEYS];
-        for (int i = 0; i < entries; ++i) {
-            at[i] = Rows::at(far, page, i);
-            expect(Rows::at(far, next, i), (KEPT + VD) * sizeof(T));
-        }
-        rows<KEPT>(at, entries, factors, 0, count);
+        const T *at[KEYS], *then[KEYS];
+        for (int i = 0; i < entries; ++i) at[i] = Rows::at(far, page, i), then[i] = Rows::at(far, next, i);
+        rows<KEPT>(at, entries, then, entries, factors, 0, count);
     }
 
     void all() {
@@ -152,26 +161,31 @@ template <class A, class L> struct FarAttention {
 
     // Chosen entries, for the queries of one row.
     void some(const Chosen& chosen, int64_t row) {
-        const T* entries[KEYS];
+        const T* entries[2][KEYS];
         T* const decoded = L::in_rows ? nullptr : new T[KEYS * (KD + VD)];
-        for (int64_t from = 0; from < chosen.count; from += KEYS) {
-            const int count = int(least<int64_t>(chosen.count - from, KEYS));
-            for (int i = 0; i < count; ++i) {
+        const auto point = [&](int64_t from, const T** to) {
+            const int here = int(most<int64_t>(0, least<int64_t>(chosen.count - from, KEYS)));
+            for (int i = 0; i < here; ++i) {
                 const int64_t entry = chosen.entries[from + i];
                 const uint8_t* page = L::page(far, entry / KEYS);
                 if constexpr (L::in_rows) {
-                    entries[i] = L::at(far, page, entry % KEYS);
-                    if (from + KEYS + i < chosen.count) {
-                        const int64_t next = chosen.entries[from + KEYS + i];
-                        expect(L::at(far, L::page(far, next / KEYS), next % KEYS), (KD + VD) * sizeof(T));
-                    }
+                    to[i] = L::at(far, page, entry % KEYS);
                 } else {
-                    T* const to = decoded + i * (KD + VD);
-                    L::row(far, page, entry % KEYS, to, to + KD);
-                    entries[i] = to;
+                    const int64_t later = chosen.entries[least(from + i + SOON, chosen.count - 1)];
+                    L::expect(L::page(far, later / KEYS), later % KEYS);
+                    T* const place = decoded + i * (KD + VD);
+                    L::row(far, page, entry % KEYS, place, place + KD);
+                    to[i] = place;
                 }
             }
-            rows<KD>(entries, count, a.factors, row * a.group, (row + 1) * a.group);
+            return here;
+        };
+        int count = point(0, entries[0]);
+        for (int64_t from = 0; from < chosen.count; from += KEYS) {
+            const int64_t at = from / KEYS % 2;
+            const int more = L::in_rows ? point(from + KEYS, entries[1 - at]) : 0;
+            rows<KD>(entries[at], count, entries[1 - at], more, a.factors, row * a.group, (row + 1) * a.group);
+            count = L::in_rows ? more : point(from + KEYS, entries[1 - at]);
         }
         delete[] decoded;
     }

@@ -120,8 +120,8 @@ class Affine(Codec):
     """Integers of 2, 4 or 8 bits with a float16 scale and least value for each group (KIVI, 2402.02750).
 
     x = scale * code + least, code in 0 .. 2^bits - 1. With `key_axis` "channel" a group of keys is one channel of
-    `key_group` consecutive tokens, as in KIVI, which has 32; with "token" it is `key_group` channels of one token, as in
-    llama.cpp. A group of values is `value_group` channels of one token. Bits per number: bits + 32 / group.
+    `key_group` consecutive tokens, as in KIVI, which has 32; with "token" it is `key_group` channels of one token, as
+    in llama.cpp. A group of values is `value_group` channels of one token. Bits per number: bits + 32 / group.
 
     In a page: codes of keys, codes of values, scales of keys, least values of keys, and the same two of values. Codes
     of keys stand as [tile of 16 tokens][pair of channels][token][channel of the pair], those of values as [pair of

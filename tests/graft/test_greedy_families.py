@@ -25,10 +25,10 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def reference(model: PreTrainedModel, prompt: list[int], eos: int | None) -> list[int]:
+def reference(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     """transformers' own text for one prompt alone."""
     ids = model.generate(
-        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=0
+        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     return ids[0, len(prompt) :].tolist()
 
@@ -49,7 +49,7 @@ def test_greedy_text_is_transformers_with_drafts_in_a_ragged_batch(family: str) 
         )
     assert isinstance(fast.decoder.executable, CppExecutable)
     assert_same_step(fast.decoder.executable, fast.program["forward"], call_of(TREES, LENGTHS_OF_SLOTS))
-    texts = [reference(model, prompt, None) for prompt in prompts()]
+    texts = [reference(model, prompt) for prompt in prompts()]
     eos = texts[0][NEW_TOKENS // 2]
     width = max(LENGTHS)
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts()])
@@ -58,8 +58,9 @@ def test_greedy_text_is_transformers_with_drafts_in_a_ragged_batch(family: str) 
         found = fast.generate(
             ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=0
         )
-        for row, prompt in enumerate(prompts()):
-            expected = reference(model, prompt, end)
+        for row, text in enumerate(texts):
+            # A text that ends early is the same up to its first end.
+            expected = text[: text.index(end) + 1] if end in text else text
             new = found[row, width:].tolist()
             assert new[: len(expected)] == expected
             assert set(new[len(expected) :]) <= {0}

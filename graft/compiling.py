@@ -29,7 +29,8 @@ from graft.runtime.controllers import Adaptive
 from graft.runtime.decoder import Decoder
 from graft.runtime.drafters.merge import Merge
 from graft.runtime.generate import Generator
-from graft.runtime.kv_store import KVOverlay, KVStore
+from graft.runtime.kv_overlay import KVOverlay
+from graft.runtime.kv_store import KVStore
 from graft.runtime.settings import ModelFace
 from graft.runtime.tree_policies import BestFirst
 

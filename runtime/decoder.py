@@ -13,7 +13,8 @@ from graft.codegen.executable import Executable
 from graft.compiler.errors import StateError
 from graft.compiler.ops import NO_PARENT
 from graft.compiler.program import Function
-from graft.runtime.kv_store import KVOverlay, KVStore
+from graft.runtime.kv_overlay import KVOverlay
+from graft.runtime.kv_store import KVStore
 from graft.runtime.top_tokens import shares_of, top_rows
 
 ALONE_ROWS = 512

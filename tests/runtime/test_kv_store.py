@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from graft.compiler.errors import StateError
 from graft.compiler.program import KVState
-from graft.runtime.kv_store import FIRST_CAPACITY, KVOverlay, KVStore
+from graft.runtime.kv_overlay import KVOverlay
+from graft.runtime.kv_store import FIRST_CAPACITY, KVStore
 
 STATES = (KVState("kv_0", 2, 1, 2, 2, torch.float32), KVState("kv_1", 1, 3, 4, 1, torch.float32))
 

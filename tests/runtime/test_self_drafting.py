@@ -15,7 +15,8 @@ from graft.compiler.program import FLAT, Function
 from graft.runtime.decoder import Decoder, Rows
 from graft.runtime.drafters.early_exits import ExitDrafting
 from graft.runtime.drafters.self_draft import SelfDrafting
-from graft.runtime.kv_store import KVOverlay, KVStore
+from graft.runtime.kv_overlay import KVOverlay
+from graft.runtime.kv_store import KVStore
 from graft.runtime.request import SAMPLING, SLOT, Sampling
 from graft.runtime.tree_policies import Chain, Fixed
 from graft.runtime.verifiers import Leviathan

@@ -1,4 +1,4 @@
-"""A KV store as a draft function sees it that shares the target's: its tensors, lengths and perhaps pages of one's own."""
+"""A KV store as a draft function sees it that shares the target's: its tensors, with lengths and perhaps pages apart."""
 
 from __future__ import annotations
 

@@ -152,7 +152,8 @@ class AdaptiveControl:
         if self.max_nodes <= 0:
             return 0
         rates = self._rates(context)
-        if rates.age >= self.RENEWED:
+        # Where drafting takes longer than a step, waiting for the next decision costs more than deciding.
+        if rates.age >= self.RENEWED or (rates.age and self.draft_seconds() > self.step_seconds(1)):
             before, rates.best, rates.age = rates.best, self.best(rates), 0
             if rates.best > before:
                 rates.wait = self.spec.explore

@@ -95,6 +95,13 @@ def test_drafting_that_takes_longer_than_it_saves_is_switched_off(kind: DraftKin
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_drafting_that_takes_many_steps_time_is_switched_off_after_the_first(kind: DraftKind) -> None:
+    control, context = Adaptive().open(8, flat, lambda: 20.0), Context([1], 1)
+    kept = [step_of(control, context, 8, 1, kind) for _ in range(16)]
+    assert kept == [8] + [0] * 15
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_stops_drafting_where_the_depth_that_is_accepted_ends(kind: DraftKind) -> None:
     """Always three tokens, and rows that cost. Drawn drafts are told apart by their depth; of deterministic ones the
     drafter says the same of all, so that what it says is corrected for all."""

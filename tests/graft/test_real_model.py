@@ -18,6 +18,8 @@ from tests.conftest import Prompt, RealModel
 pytestmark = pytest.mark.real
 
 PROMPTS, NEW_TOKENS, BATCH = 20, 128, 5
+TOGETHER = 10
+"""Prompts that transformers runs in one batch."""
 NEAR_TIE = 1e-4
 """Two best logits closer than this may change places in float32."""
 
@@ -49,8 +51,8 @@ def expected(smollm2: RealModel, prompts: list[Prompt]) -> Expected:
         return batch["input_ids"], batch["attention_mask"]
 
     found: list[list[int]] = []
-    for start in range(0, PROMPTS, BATCH):
-        ids, mask = padded(chosen[start : start + BATCH])
+    for start in range(0, PROMPTS, TOGETHER):
+        ids, mask = padded(chosen[start : start + TOGETHER])
         out = smollm2.model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
         found += out[:, ids.shape[1] :].tolist()
     return Expected(*padded(chosen), found)

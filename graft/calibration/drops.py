@@ -109,7 +109,7 @@ def calibrate_drops(
     after the other: each time the block whose loss adds least to the divergence from the whole model.
 
     Every block is tried alone; with `width`, only that many of those that are left are tried at each further step, the
-    best of the step before, which finds nearly the same in less time.
+    best of the step before, which takes less time and may miss a better one.
 
     Raises PlanError for texts without tokens, an unknown kind, or no block left to run.
     """

@@ -172,7 +172,7 @@ def sort_nodes(graph: fx.Graph) -> None:
     order = nx.DiGraph()
     order.add_nodes_from(place)
     order.add_edges_from((source, node) for node in place for source in node.all_input_nodes)
-    last = next(reversed(graph.nodes))
+    last = next(iter(reversed(graph.nodes)))
     for node in list(nx.lexicographical_topological_sort(order, key=place.__getitem__)):
         if node is not last:
             last.prepend(node)

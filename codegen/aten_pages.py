@@ -72,7 +72,7 @@ def row_by_row(
         tail = kv[layer, slot, :, :, : key_dim + value_dim]
         own, numbers, start, committed = counts[layer, slot], table[layer, slot], int(starts[slot]), int(lengths[slot])
         keys, values = far_entries(tail, key_dim, pages, numbers, own, codec, kv.dtype)
-        inside = (torch.arange(keys.shape[1]) < own[:, None])[:, None, :]
+        inside = (torch.arange(keys.shape[1], device=kv.device) < own[:, None])[:, None, :]
         for row in (sequences == slot).nonzero().flatten().tolist():
             seen = inside
             if selection and labels is not None and channels is not None:
@@ -80,7 +80,7 @@ def row_by_row(
                 seen = seen & selected(
                     queries, labels, numbers, own, channels[layer, slot], layer, selection, kv.dtype
                 )
-            path = torch.cat([torch.arange(start, committed), place[ancestors[row]]])
+            path = torch.cat([torch.arange(start, committed, device=kv.device), place[ancestors[row]]])
             near = tail[:, path].to(keys.dtype)
             out[row] = softmax_attention(
                 q[:, :, row : row + 1],

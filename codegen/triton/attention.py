@@ -25,8 +25,10 @@ def print_append(kernel: AppendKernel) -> Printed:
     k, v, kind = kernel.keys, kernel.values, TYPES[kernel.kv_dtype]
     width = k.width + v.width
     lines = ["row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)", "real = tl.load(position + row) >= 0"]
+    shift = " - (tl.load(lengths + text) - tl.load(tail + text))" if kernel.tail else ""
     lines += [
-        f"token = (tl.load(slot + row).to(tl.int64) * {k.count} + head) * capacity + tl.load(place + row)",
+        "text = tl.load(slot + row).to(tl.int64)",
+        f"token = (text * {k.count} + head) * capacity + tl.load(place + row){shift}",
         f"i, j = tl.arange(0, {lanes(k.width)}), tl.arange(0, {lanes(v.width)})",
         f"key = tl.load({heads_at(f'a0 + row * {keys.width}', k, 'head')} + i, i < {k.width})",
         f"tl.store(kv + token * {width} + i, key, real & (i < {k.width}))",
@@ -34,11 +36,15 @@ def print_append(kernel: AppendKernel) -> Printed:
         f"tl.store(kv + token * {width} + {k.width} + j, value, real & (j < {v.width}))",
     ]
     state = f"state {kernel.state} {kernel.layer}"
+    given = [("a0", f"*{kind}", keys.name), ("a1", f"*{kind}", values.name), ("kv", f"*{kind}", state)]
+    given += [*((name, dtype, f"layout {name}") for name, dtype in LAYOUT[:3])]
+    given += [("lengths", "*i64", "lengths"), ("tail", "*i64", kernel.tail)] if kernel.tail else []
+    given += [("capacity", "i32", f"capacity {kernel.state}")]
     return Printed(
         "append",
-        (("a0", f"*{kind}"), ("a1", f"*{kind}"), ("kv", f"*{kind}"), *LAYOUT[:3], ("capacity", "i32")),
+        tuple((name, dtype) for name, dtype, _ in given),
         tuple(lines),
-        (keys.name, values.name, state, *(f"layout {name}" for name, _ in LAYOUT[:3]), f"capacity {kernel.state}"),
+        tuple(argument for _, _, argument in given),
         Grid("N", 1, k.count),
         warps=1,
         unaligned=unaligned(width * kernel.kv_dtype.itemsize),

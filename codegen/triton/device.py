@@ -262,36 +262,100 @@ def attention(
     the places of their tokens, so the arithmetic depends on the row's position and text alone. Lanes beyond a size hold
     zeros.
     """
-    lane, inner, outer = tl.arange(0, LANES), tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
+    q, top, total, gathered = opened(queries, sinks, HEADS, STRIDE, KEY, SINKS, LANES, KEY_LANES, VALUE_LANES)
+    first = position * 0
+    if WINDOW:
+        first = tl.maximum(position + 1 - WINDOW, 0)
+    top, total, gathered = over_places(
+        q, kv, first, row, position, plain, place, above, rows, levels, top, total, gathered,
+        KEY, VALUE, KEY + VALUE, SCALE, SOFTCAP, KEY_LANES, VALUE_LANES,
+    )
+    return divide(gathered, tl.broadcast_to(total[:, None], [LANES, VALUE_LANES]))
+
+
+@triton.jit
+def opened(
+    queries: tl.tensor,
+    sinks: tl.tensor,
+    HEADS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    KEY: tl.constexpr,
+    SINKS: tl.constexpr,
+    LANES: tl.constexpr,
+    KEY_LANES: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
+) -> tl.tensor:
+    """Queries, and the largest score, the sum of weights and the weighted values of nothing yet."""
+    lane, inner = tl.arange(0, LANES), tl.arange(0, KEY_LANES)
     real = (lane < HEADS)[:, None] & (inner < KEY)[None, :]
     q = tl.load(queries + lane[:, None] * STRIDE + inner[None, :], mask=real, other=0.0)
     top, total = tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32)
     if SINKS:
         top, total = tl.load(sinks + lane, mask=lane < HEADS, other=0.0).to(tl.float32), total + 1.0
-    gathered = tl.zeros([LANES, VALUE_LANES], tl.float32)
-    first = position * 0
-    if WINDOW:
-        first = tl.maximum(position + 1 - WINDOW, 0)
+    return q, top, total, tl.zeros([LANES, VALUE_LANES], tl.float32)
+
+
+@triton.jit
+def over_places(
+    q: tl.tensor,
+    kv: tl.tensor,
+    first: tl.tensor,
+    row: tl.tensor,
+    position: tl.tensor,
+    plain: tl.tensor,
+    place: tl.tensor,
+    above: tl.tensor,
+    rows: tl.tensor,
+    levels: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    gathered: tl.tensor,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KEY_LANES: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
+) -> tl.tensor:
+    """A running softmax with the row's text from position `first` on; a token takes WIDTH elements of the state."""
+    inner, outer = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
     for start in range(first // KEYS * KEYS, position + 1, KEYS):
         spot = start + tl.arange(0, KEYS)
         seen = (spot >= first) & (spot <= position)
         at = spot
         if start + KEYS > plain:
             at = places(spot, row, position, plain, place, above, rows, levels)
-        token = kv + at.to(tl.int64)[:, None] * (KEY + VALUE)
+        token = kv + at.to(tl.int64)[:, None] * WIDTH
         keys = tl.load(token + inner[None, :], mask=seen[:, None] & (inner < KEY)[None, :], other=0.0)
         values = tl.load(token + KEY + outer[None, :], mask=seen[:, None] & (outer < VALUE)[None, :], other=0.0)
-        scores = product(q, tl.trans(keys)) * SCALE
-        if SOFTCAP != 0.0:
-            scores = tanh(divide(scores, tl.full([], SOFTCAP, tl.float32))) * SOFTCAP
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        limit = tl.maximum(tl.max(scores, 1), top)
-        weights = exp(scores - limit[:, None])
-        faded = exp(top - limit)
-        total = total * faded + tl.sum(weights, 1)
-        gathered = gathered * faded[:, None] + weighted(weights, values)
-        top = limit
-    return divide(gathered, tl.broadcast_to(total[:, None], [LANES, VALUE_LANES]))
+        top, total, gathered = with_block(q, keys, values, seen, top, total, gathered, SCALE, SOFTCAP)
+    return top, total, gathered
+
+
+@triton.jit
+def with_block(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    seen: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    gathered: tl.tensor,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+) -> tl.tensor:
+    """A running softmax with one more block of keys, of which those that are `seen` count."""
+    scores = product(q, tl.trans(keys)) * SCALE
+    if SOFTCAP != 0.0:
+        scores = tanh(divide(scores, tl.full([], SOFTCAP, tl.float32))) * SOFTCAP
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    limit = tl.maximum(tl.max(scores, 1), top)
+    weights = exp(scores - limit[:, None])
+    faded = exp(top - limit)
+    total = total * faded + tl.sum(weights, 1)
+    gathered = gathered * faded[:, None] + weighted(weights, values)
+    return limit, total, gathered
 
 
 @triton.jit

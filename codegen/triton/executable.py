@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graft.codegen.arena import place_arrays
+from graft.codegen.aten_pages import attend_pages
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.kernel_ir import Array, AtenKernel, Kernels
 from graft.codegen.prediction import Prediction
@@ -24,6 +25,7 @@ from graft.codegen.regions import cut
 from graft.codegen.skips import SkipCount
 from graft.codegen.triton.layout import lay_out, levels_of
 from graft.codegen.triton.library import Launch, load, print_code
+from graft.codegen.triton.pages import views_of
 from graft.compiler.errors import LoweringError
 from graft.compiler.program import Function, KernelRecord
 from graft.compiler.shapes import attribute
@@ -62,11 +64,10 @@ class TritonExecutable:
 
     def __init__(self, function: Function) -> None:
         """Raises LoweringError where the function's parameters are on a device that Triton does not run on, or are of a
-        dtype without kernels, and where a KV state has pages."""
+        dtype without kernels, and where a KV state has pages that there are none for."""
         self.function = function
         self.device = function.device
         check_device(self.device)
-        check_states(function)
         with torch.no_grad():
             self.cut: Kernels = cut(function)
         self.code = print_code(self.cut.kernels)
@@ -75,7 +76,9 @@ class TritonExecutable:
         self.parameters: dict[str, Tensor] = {}
         self.lock = threading.Lock()
         self.constants = {name: self.constant(value) for name, value in self.cut.constants.items()}
-        self.inputs = {spec.name: spec for spec in function.inputs}
+        self.given = [spec.name for spec in function.signature]
+        small = (spec for state in function.states for spec in state.far_inputs if spec.sizes == ("S",))
+        self.inputs = {spec.name: spec for spec in (*function.inputs, *small)}
         external = frozenset((*self.inputs, *(array.name for array in self.cut.outputs)))
         self.offsets, self.bytes_per_row = place_arrays(self.cut.kernels, external)
         scratch = max((launch.printed.scratch for launch in self.code.launches), default=0)
@@ -134,15 +137,17 @@ class TritonExecutable:
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """One step: inputs copied into the bucket's, its segments, the part of its outputs that is the call's."""
-        given, states = dict(zip(self.inputs, inputs, strict=False)), inputs[len(self.inputs) :]
+        given = dict(zip(self.given, inputs, strict=True))
+        stored = {name: tensor for name, tensor in given.items() if name not in self.inputs}
         count = {"N": given["tokens"].shape[0], "R": given["wanted"].shape[0]}
         # Rows that a bucket has beyond the call's are not computed by ATen: what lies there could be anything.
         sizes = count if self.mixed else {kind: bucket_size(size) for kind, size in count.items()}
-        key = (*sizes.values(), len(given["lengths"]), *((state.data_ptr(), state.shape) for state in states))
+        places = ((tensor.data_ptr(), tensor.shape) for tensor in stored.values())
+        key = (*sizes.values(), len(given["lengths"]), *places)
         small = max(sizes.values()) <= MOST_ROWS
         bucket = self.buckets.get(key) if small else None
         if bucket is None:
-            bucket = self.make_bucket(sizes, len(given["lengths"]), states)
+            bucket = self.make_bucket(sizes, len(given["lengths"]), stored)
             if small:
                 self.buckets[key] = bucket
         if small:
@@ -175,8 +180,9 @@ class TritonExecutable:
                 if ours:
                     steps.clear()  # they would keep a KV state alive that has been replaced by a larger one
 
-    def make_bucket(self, sizes: dict[str, int], slots: int, states: tuple[Tensor, ...]) -> Bucket:
-        """Buffers for a number of rows and results, and what is launched on them."""
+    def make_bucket(self, sizes: dict[str, int], slots: int, stored: dict[str, Tensor]) -> Bucket:
+        """Buffers for a number of rows and results, and what is launched on them: `stored` are the states and what is
+        read of them beside their tensors, by name."""
         if max(sizes.values()) > self.rows:
             self.grow(max(*sizes.values(), 2 * self.rows if self.rows else 1))
         lengths = {"N": sizes["N"], "R": sizes["R"], "S": slots}
@@ -197,9 +203,18 @@ class TritonExecutable:
         named |= {f"rows {kind}": size for kind, size in sizes.items()}
         named |= {name: self.stored(name, self.arrays[name]) for name in self.offsets}
         named["scratch"] = self.arena[self.scratch_at * self.rows :].view(torch.float32)
-        for number, state in enumerate(states):
-            named[f"capacity {number}"] = state.shape[3]
-            named |= {f"state {number} {layer}": state[layer] for layer in range(state.shape[0])}
+        for number, state in enumerate(self.function.states):
+            tensor = stored[state.name]
+            named[f"state {number}"], named[f"capacity {number}"] = tensor, tensor.shape[3]
+            named |= {f"state {number} {layer}": tensor[layer] for layer in range(state.layers)}
+            if state.pages is not None:
+                table, counts = (stored[f"{state.name}_{name}"] for name in ("table", "counts"))
+                named |= views_of(f"{state.name}_pages", stored[f"{state.name}_pages"], state.dtype)
+                named[f"pages {number}"] = table.shape[3]
+                for layer in range(state.layers):
+                    named[f"{state.name}_table {layer}"] = table[layer]
+                    named[f"{state.name}_counts {layer}"] = counts[layer]
+        named |= stored
         layout = {name: torch.empty_like(value) for name, value in self.lay_out(inputs).items()}
         named |= {f"layout {name}": value for name, value in layout.items()}
         bucket = Bucket(inputs, outputs, layout, [])
@@ -265,6 +280,8 @@ class TritonExecutable:
             value = arrays[name]
             return value.reshape(1, -1) if name in self.constants else value.view(value.shape[0], -1)
 
+        if kernel.state >= 0:
+            return lambda: attend_pages(kernel, named, bucket.count["N"], array)
         return lambda: run_rows(kernel, self.function.weights, bucket.count[kernel.rows], array, bucket.loose)
 
 
@@ -295,15 +312,3 @@ def check_device(device: torch.device) -> None:
             remedy='model.to("cuda"), or set TRITON_INTERPRET=1 before Python starts to interpret kernels on the CPU',
         )
 
-
-def check_states(function: Function) -> None:
-    """LoweringError where a KV state has pages."""
-    for state in function.states:
-        if state.pages is not None:
-            raise LoweringError(
-                "there is no Triton kernel for attention over pages yet",
-                expected="KV states without pages",
-                found=f"{state.name} with {type(state.pages.codec).__name__}",
-                where=f"function {function.name}",
-                remedy='leave compress-kv out, or run it with backend="aten", or on the CPU with backend="cpp"',
-            )

@@ -18,6 +18,7 @@ from graft.codegen.kernel_ir import (
     AppendKernel,
     AtenKernel,
     AttendKernel,
+    AttendPagesKernel,
     GatherKernel,
     Guard,
     Kernel,
@@ -26,6 +27,7 @@ from graft.codegen.kernel_ir import (
 )
 from graft.codegen.triton.attention import print_append, print_attend
 from graft.codegen.triton.matmul import print_gather, print_matmul
+from graft.codegen.triton.pages import print_attend_pages
 from graft.codegen.triton.printed import Printed
 from graft.codegen.triton.rows import print_rows
 
@@ -39,6 +41,7 @@ from graft.codegen.triton.device import (
     attention, divide, exp, expm1, larger, largest, log1p, multiply, power, smaller, smallest, square_root, tanh,
     to_bf16,
 )
+from graft.codegen.triton.device_pages import paged_attention
 """
 
 
@@ -79,6 +82,8 @@ def print_kernel(kernel: Kernel) -> tuple[Printed, ...]:
             return (print_append(kernel),)
         case AttendKernel():
             return (print_attend(kernel),)
+        case AttendPagesKernel():
+            return (print_attend_pages(kernel),)
     raise AssertionError(f"no code for {type(kernel).__name__}")
 
 

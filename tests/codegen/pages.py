@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 import graft.components
 from graft.compiler.canonical import aten, graft
-from graft.compiler.kv.codecs import IN_PLACE, PAGE, Codec, Content
+from graft.compiler.kv.codecs import IN_PLACE, PAGE, Codec, Content, DensePages
 from graft.compiler.kv.layout import Pages
 from graft.compiler.kv.selection import Selection
 from graft.compiler.program import FLAT, Function, Input, KVState
 from graft.compiler.spec import show
+
+
+@dataclass(frozen=True)
+class Unread(DensePages):
+    """A codec that only its decoder in torch reads."""
+
+    loader: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)

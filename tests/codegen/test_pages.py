@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,26 +16,18 @@ from graft.codegen.aten import AtenExecutable
 from graft.codegen.cpp.executable import CppExecutable
 from graft.codegen.cpp.isa import ISAS, Isa, runnable
 from graft.codegen.prediction import zero_states
-from graft.compiler.errors import LoweringError
 from graft.compiler.kv.codecs import Affine, DensePages, InPlace, KeyChannels
 from graft.compiler.kv.selection import DoubleSparsity, PageBounds, PageMeans
 from graft.compiler.program import Function
 from graft.compiler.tolerance import difference
 from tests.codegen.compiled import TREES
 from tests.codegen.functions import call_of
-from tests.codegen.pages import Case, Stored, random_rows, random_stored
+from tests.codegen.pages import Case, Stored, Unread, random_rows, random_stored
 
 HALF = torch.bfloat16
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12, HALF: 1e-2, torch.float16: 2e-3}
 FAR, TAIL = (320, 0, 200, 64), (37, 20, 70, 5)
 """Far tokens of every slot: several pages, none, a partly full one, a whole one; and those behind the cut."""
-
-
-@dataclass(frozen=True)
-class Halved(DensePages):
-    """A codec that only its decoder in torch reads."""
-
-    loader: ClassVar[str] = ""
 
 
 # Every loader with and without a selection, every kind of unit, both axes and all widths of codes, groups of 1, 3, 4
@@ -110,9 +101,9 @@ def test_the_first_layers_read_everything() -> None:
 
 
 def test_a_codec_without_a_loader_runs_through_aten() -> None:
-    for case in (Case(Halved(), dtype=HALF), Case(Halved(), PageMeans(0.3, least=32))):
+    for case in (Case(Unread(), dtype=HALF), Case(Unread(), PageMeans(0.3, least=32))):
         executable = CppExecutable(case.function())
-        assert [kernel.reason for kernel in executable.kernels if kernel.reason] == ["Halved has no loader"]
+        assert [kernel.reason for kernel in executable.kernels if kernel.reason] == ["Unread has no loader"]
         assert executable.prediction is None
         assert_same(case, executable, case.function())
 
@@ -189,9 +180,3 @@ def test_a_text_is_decoded_to_the_same_bits_in_any_company(case: Case, far: int,
         done += count
     assert torch.equal(torch.cat(found), plain(case, far))
 
-
-def test_triton_refuses_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    executable = pytest.importorskip("graft.codegen.triton.executable")
-    monkeypatch.setattr(executable, "check_device", lambda device: None)
-    with pytest.raises(LoweringError, match="no Triton kernel for attention over pages"):
-        executable.TritonExecutable(CASES[2].function())

@@ -35,12 +35,16 @@ from graft.codegen.triton.rows import BLOCK, SPELLING, print_rows
 from graft.compiler.canonical import aten
 from graft.compiler.capture import capture
 from graft.compiler.errors import LoweringError
+from graft.compiler.kv.codecs import Affine, DensePages, InPlace, KeyChannels
+from graft.compiler.kv.selection import DoubleSparsity
 from graft.compiler.ops import ancestry, row_places
 from graft.compiler.passing import View
 from graft.compiler.program import DENSE, Function, Program
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.kv_cache import KVCache
 from graft.passes.merge_linears import MergeLinears
+from tests.codegen.functions import call_of
+from tests.codegen.pages import Case, Unread, random_rows, random_stored
 from tests.codegen.rows import Rows
 from tests.families import build
 
@@ -230,10 +234,38 @@ def measure_scalars() -> dict[str, float]:
     return found | {"pow": 0.0 if same else math.inf}
 
 
+PAGED = (
+    Case(DensePages(), dtype=torch.bfloat16, group=4, key_dim=32, value_dim=16),
+    Case(Affine(), key_dim=32, value_dim=32, group=1, softcap=20.0),
+    Case(Affine(2, 8, "token", 16, 16), dtype=torch.bfloat16, key_dim=32, value_dim=48),
+    Case(InPlace(), DoubleSparsity(0.5, dense_layers=3), key_dim=32, value_dim=32),
+    Case(Unread(), key_dim=32, value_dim=32),
+)
+
+
+def measure_pages() -> dict[str, float]:
+    """How far attention over pages is from its reference, in parts of the largest value; and what a row's result is
+    away from that of the same row alone."""
+    found = {}
+    for number, case in enumerate(PAGED):
+        stored = random_stored(case, (150, 0, 64), (37, 20, 5))
+        inputs, _ = call_of([(2, (-1, 0, 0, 1)), (0, (-1, 0)), (1, (-1,))], stored.lengths.tolist())
+        rows, executable = random_rows(case, len(inputs[0])), TritonExecutable(case.function())
+        states = [[one.clone() for one in stored.tensors] for _ in range(3)]
+        expected = AtenExecutable(case.function())(*inputs, *rows, *states[0])[1].double()
+        ours = executable(*inputs, *rows, *states[1])[1].double()
+        found[f"{number}"] = float((expected - ours).abs().max() / expected.abs().max())
+        found[f"{number} written"] = float((states[0][0].double() - states[1][0].double()).abs().max())
+        alone, _ = call_of([(0, (-1,))], stored.lengths.tolist())
+        own = executable(*alone, *(one[4:5] for one in rows), *states[2])[1].double()
+        found[f"{number} alone"] = float((own - ours[4:5]).abs().max())
+    return found
+
+
 def main() -> None:
     found: dict[str, Any] = {f"{family} {dtype}": measure_family(family, dtype) for family, dtype in CASES}
     found |= {"company": measure_company(), "guards": measure_guards()}
-    found |= {"wide": measure_wide(), "scalars": measure_scalars()}
+    found |= {"wide": measure_wide(), "scalars": measure_scalars(), "pages": measure_pages()}
     print(json.dumps(found))
 
 
@@ -271,6 +303,15 @@ def test_what_no_row_needs_is_not_run(interpreted: dict[str, Any]) -> None:
 
 def test_rows_wider_than_a_block_are_computed_piece_by_piece(interpreted: dict[str, Any]) -> None:
     assert max(interpreted["wide"].values()) < 1e-5, interpreted["wide"]
+
+
+def test_attention_over_pages_is_that_of_the_reference(interpreted: dict[str, Any]) -> None:
+    found = interpreted["pages"]
+    assert len(found) == 3 * len(PAGED)
+    for name, apart in found.items():
+        exact = "written" in name or "alone" in name
+        dtype = str(PAGED[int(name[0])].dtype).removeprefix("torch.")
+        assert apart == 0 if exact else apart < TOLERANCE[dtype], found
 
 
 def test_scalar_operators_are_accurate(interpreted: dict[str, Any]) -> None:
@@ -312,6 +353,7 @@ def printed_kernels() -> dict[str, Any]:
     """The distinct kernels of llama and gemma2 in bfloat16, and their source under no name."""
     with torch.no_grad():
         cuts = [cut(function_of(family, "bfloat16", **FAMILIES[family])) for family in ("llama", "gemma2")]
+        cuts += [cut(case.function()) for case in PAGED]
     kernels = [kernel for one in cuts for kernel in one.kernels]
     product = next(kernel for kernel in kernels if isinstance(kernel, MatmulKernel))
     guard = Guard(Array("mask", torch.float32, 1, "N"), True)
@@ -420,6 +462,12 @@ def test_the_source_is_kept_by_content_and_mended(tmp_path: Path) -> None:
 def test_a_model_on_the_cpu_is_refused() -> None:
     with pytest.raises(LoweringError, match="Triton runs on a GPU"):
         TritonExecutable(function_of("llama", "float32", num_hidden_layers=2))
+
+
+def test_pages_without_a_kernel_are_refused() -> None:
+    for case in (Case(KeyChannels(0.5), queries=True), Case(InPlace(), DoubleSparsity(0.5))):
+        with pytest.raises(LoweringError, match="no Triton kernel for these pages"):
+            print_code(cut(case.function()).kernels)
 
 
 def test_float64_is_refused() -> None:

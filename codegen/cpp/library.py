@@ -15,8 +15,8 @@ from graft.codegen.cpp.printer import function, print_kernel
 from graft.codegen.kernel_ir import AtenKernel, AttendPagesKernel, Kernel
 
 HEADERS = (
-    *("vec.h", "math.h", "team.h", "step.h", "matmul.h", "tiles.h", "attention.h", "codes.h", "selection.h", "pages.h"),
-    "top.h",
+    *("vec.h", "math.h", "team.h", "step.h", "matmul.h", "tiles.h", "attention.h", "top.h"),
+    *("codes.h", "affine.h", "selection.h", "pages.h"),
 )
 
 HEAD = """#include "{attention}"

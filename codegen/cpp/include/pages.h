@@ -4,8 +4,8 @@
 // all of them. What a page holds is known to a loader. Its entries are rows in memory (`in_rows`: `at` says where), or
 // they are codes: then it weighs and adds up a whole page by itself (`attend`), and decodes single entries (`row`).
 #pragma once
+#include "affine.h"
 #include "attention.h"
-#include "codes.h"
 #include "selection.h"
 
 namespace graft {

@@ -10,6 +10,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
@@ -45,7 +46,8 @@ def value_of(argument: Any) -> Any:
 
 def evaluate(target: Callable, args: tuple, kwargs: dict) -> Any:
     """The fake value of a call on nodes' fake values."""
-    return target(*value_of(args), **value_of(kwargs))
+    with enable_python_dispatcher():  # without it torch 2.11's C++ asks symbolic sizes of linear for numbers
+        return target(*value_of(args), **value_of(kwargs))
 
 
 def new_node(

@@ -1,4 +1,4 @@
-"""A KV store as a draft function sees it that shares the target's: its tensors, with lengths and perhaps pages apart."""
+"""A KV store as a draft function sees it that shares the target's: its tensors, with lengths and pages apart."""
 
 from __future__ import annotations
 

@@ -41,7 +41,17 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
             replace_cast(node)
         elif node.target is aten.flatten.using_ints:
             replace_flatten(node)
+        elif is_outer_product(node):
+            node.target = aten.mul.Tensor  # ropes of transformers before 5.20
     return exported
+
+
+def is_outer_product(node: fx.Node) -> bool:
+    """Whether the node multiplies matrices [..., n, 1] and [..., 1, m], which no sum has part in."""
+    if node.target is not aten.matmul.default:
+        return False
+    left, right = (source.meta["val"].shape for source in node.args)
+    return len(left) == len(right) > 1 and left[-1] == 1 and right[-2] == 1
 
 
 def is_plain(node: fx.Node) -> bool:

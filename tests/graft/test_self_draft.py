@@ -85,7 +85,7 @@ def compiled(family: str, *drafters: graft.Drafter, nodes: int = 6, **options: A
 def texts(family: str) -> list[list[int]]:
     """transformers' own."""
     model = build(family, dtype=torch.float64, eos_token_id=None)
-    return [reference(model, prompt, None)[:12] for prompt in PROMPTS]
+    return [reference(model, prompt)[:12] for prompt in PROMPTS]
 
 
 @cache

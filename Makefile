@@ -82,6 +82,11 @@ bench-overhead: installed-bench  ## where the time of a step goes besides the mo
 	echo "graft: running benchmarks/overhead.py"
 	$(BIN)/python -m benchmarks.overhead $(BENCH_ARGS)
 
+bench-kv: installed-bench  ## compressed KV caches: quality, bytes and step times, beside references at equal bytes
+	echo "graft: running benchmarks/kv.py (ten minutes, and a build of each kind of page the first time)"
+	$(BIN)/python -m benchmarks.kv $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.plot_kv
+
 clean:  ## remove .venv, build/ and all caches
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

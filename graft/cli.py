@@ -190,9 +190,10 @@ def add_quality(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="held text (Python's documentation)")
     command.add_argument("--documents", type=int, default=4, metavar="N", help="pieces of it (%(default)s)")
     for name, help_text in (("context", "in front of what is compared"), ("tokens", "compared"),
-                            ("streamed", "of each text compressed on the way"), ("passkey-context", "of a passkey"),
-                            ("passkeys", ""), ("resamples", ""), ("seed", "")):  # fmt: skip
+                            ("streamed", "of a text compressed on the way"), ("passkey-context", "of a passkey"),
+                            ("streamed-texts", ""), ("passkeys", ""), ("resamples", ""), ("seed", "")):  # fmt: skip
         command.add_argument(f"--{name}", type=int, metavar="N", help=help_text and f"tokens {help_text}")
+    command.add_argument("--references", choices=("all", "continuation", "none"), help="see graft.quality.Options")
     command.add_argument("--json", metavar="FILE", help='write all figures; "-": print them in place of the table')
     command.add_argument("--use", action="append", default=[], metavar="FILE", help="a Python file that defines passes")
     command.add_argument("--gguf", metavar="FILE", help="a GGUF file in MODEL")

@@ -5,7 +5,7 @@ What is given up when a cut moves is the store's business alone: arms that diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,6 @@ from graft.compiler.program import DENSE, Function, KVState, Program
 from graft.compiler.spec import show
 from graft.compiling import TARGET, decoder_of, pipeline
 from graft.passes.compress_kv import CompressKV
-from graft.passes.kv_cache import KVCache
 from graft.runtime.decoder import Decoder, Rows
 from graft.runtime.kv_store import FIRST_CAPACITY, KVStore
 from graft.runtime.run import PROMPT_ROWS
@@ -116,6 +115,10 @@ class Snapshot:
         tensors = zip(store.states, store.tensors, strict=True)
         return cls(length, {state.name: held[:, slot, :, :length].clone() for state, held in tensors}, last)
 
+    def first(self, length: int) -> Snapshot:
+        """The same of a shorter prompt, but for the logits, which nobody may ask for."""
+        return Snapshot(length, {name: rows[:, :, :length] for name, rows in self.rows.items()}, self.last[:0])
+
     def put(self, arm: Arm) -> tuple[int, int]:
         """A slot of the arm that has this prompt, compressed, and the bytes that were allocated just before that."""
         slot, store = arm.open(self.length), arm.decoder.store
@@ -126,6 +129,19 @@ class Snapshot:
             held[:, slot, :, : self.length] = self.rows[state.name][..., : state.width]
         store.commit(slot, range(self.length))
         return slot, peak
+
+
+def prefilled(arms: Iterable[Arm], ids: list[int]) -> Snapshot:
+    """The prompt, run without compression for all arms, by one of those that leave a prompt as it is; by one that keeps
+    queries, if any asks for them."""
+    dense = [one for one in arms if one.dense_prompt]
+    arm = max(dense, key=lambda one: (one.reads_queries, one.candidate.change is None))
+    slot = arm.open(len(ids) + 1)  # the end of such a prompt is never reached
+    arm.reserve(slot, len(ids))
+    last = arm.feed(slot, ids)[-1][-1]
+    found = Snapshot.of(arm, slot, last)
+    arm.clear()
+    return found
 
 
 @dataclass
@@ -158,17 +174,18 @@ class Arms:
 
     def compiled(self, change: CompressKV | None) -> Decoder:
         """The program with this compression, lowered. Parameters are packed once for all."""
-        passes = ordered(pipeline(replace(self.plan, draft=())))
-        at = next(index for index, one in enumerate(passes) if isinstance(one, KVCache)) + 1
         sample = self.plan.sample or CHECKED
         if self.program is None:
             check_model(self.model)
             captured = capture(self.model)
             self.program = Program({TARGET: Function(TARGET, captured.graph, captured.weights, DENSE)})
-            run_passes(self.program, passes[:at], sample=sample)
+            passes = pipeline(replace(self.plan, draft=()))
+            ordered(passes)
+            run_passes(self.program, passes, sample=sample)
         program = self.program.copy()
-        rest = passes[at:] if change is None else [change, *passes[at:]]
-        run_passes(program, rest, facts=FACTS - {"cache-free"}, sample=sample)
+        if change is not None:
+            # Last of all, so that the others run once; what they do does not depend on it.
+            run_passes(program, [change], facts=FACTS - {"cache-free"}, sample=sample)
         panels = {name: one for held in self.decoders.values() for name, one in held.executable.panels.items()}
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
@@ -218,10 +235,13 @@ def equal_ratio(arm: Arm, allocated: int, context: int) -> float:
     store, change = arm.decoder.store, arm.candidate.change
     assert isinstance(store, KVStore) and change is not None
     behind = context - change.pages.cut(context)
+    tail = max(FIRST_CAPACITY, 2 * behind)
+    if change.prompt == "dense" and 2 * tail >= context:
+        tail = max(FIRST_CAPACITY, context)  # a prompt so short leaves its room behind (KVStore.shrink)
     left, page = allocated, 0
     for state, held in zip(store.states, store.tensors, strict=True):
         token = dense_bytes(state)
-        left -= held.nbytes if state.pages is None else max(FIRST_CAPACITY, 2 * behind) * token
+        left -= held.nbytes if state.pages is None else tail * token
         page += 0 if state.pages is None else PAGE * token
     return (max(0, round(left / page)) * PAGE + behind + 0.5) / context
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from graft.quality.arms import (
     equal_ratio,
     keeping,
     per_token_int8,
+    prefilled,
     read_bytes,
     split,
 )
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 CALL = 64
 """Tokens of a continuation in one call; bounds the logits that are held."""
+EQUAL = ("recency", "random")
+"""The kinds of arms that are measured at another's bytes."""
 SAME = 0.02
 """Two references whose shares of tokens differ by less than this, in parts, are one."""
 
@@ -54,13 +57,16 @@ class Options:
     tokens: int = 256
     """Tokens compared behind it."""
     streamed: int = 2048
-    """Tokens of each text that are run from its start with compression on the way; 0: none."""
+    """Tokens of a text that are run from its start with compression on the way; 0: none."""
+    streamed_texts: int = 1
+    """Of so many texts."""
     passkeys: int = 8
     """Passkey prompts, each asked for in two ways; 0: none."""
     passkey_context: int = 1536
     """Tokens of their context."""
-    references: bool = True
-    """Whether recency and chance are measured at every arm's bytes, and int8 beside them."""
+    references: Literal["all", "continuation", "none"] = "all"
+    """Whether recency and chance are measured at every arm's bytes, and int8 beside them: in everything, or in what is
+    compared behind a context alone."""
     resamples: int = 1000
     seed: int = 0
 
@@ -100,7 +106,7 @@ def measure(
     for candidate in candidates:
         run.add(candidate)
     changes = [candidate.change for candidate in candidates]
-    if options.references:
+    if options.references != "none":
         for prompt in {change.prompt: change for change in changes if change is not None}.values():
             change = per_token_int8(prompt)
             if change not in changes:
@@ -108,7 +114,7 @@ def measure(
     for number, text in enumerate(texts):
         run.continue_text(number, list(text))
     if options.streamed:
-        for number, text in enumerate(texts):
+        for number, text in enumerate(texts[: options.streamed_texts]):
             run.stream_text(number, list(text[: options.streamed]))
     prompts = passkeys(texts, tokenizer, options.passkey_context, options.passkeys, options.seed)
     for number, question in enumerate(prompts):
@@ -192,20 +198,19 @@ class Measurement:
         return self.measured[candidate.name]
 
     @property
+    def further(self) -> dict[str, Measured]:
+        """Arms of which more is measured than what they say behind a context."""
+        every = self.options.references == "all"
+        return {name: one for name, one in self.measured.items() if every or one.arm.candidate.kind not in EQUAL}
+
+    @property
     def full(self) -> Measured:
         """The reference of all others."""
         return self.measured["full"]
 
     def snapshot(self, ids: list[int]) -> Snapshot:
-        """The prompt, run without compression by an arm that keeps queries, if any asks for them."""
-        dense = [one.arm for one in self.measured.values() if one.arm.dense_prompt]
-        arm = max(dense, key=lambda one: (one.reads_queries, one.candidate.change is None))
-        slot = arm.open(len(ids) + 1)  # the end of such a prompt is never reached
-        arm.reserve(slot, len(ids))
-        last = arm.feed(slot, ids)[-1][-1]
-        found = Snapshot.of(arm, slot, last)
-        arm.clear()
-        return found
+        """The prompt, run without compression."""
+        return prefilled((one.arm for one in self.measured.values()), ids)
 
     def begin(self, one: Measured, ids: list[int], shared: Snapshot) -> tuple[int, Tensor, int]:
         """A slot that has the prompt, the logits of its last token, and the most bytes that were allocated."""
@@ -244,7 +249,7 @@ class Measurement:
         store, change = one.arm.decoder.store, one.arm.candidate.change
         assert isinstance(store, KVStore)
         one.bytes, one.peak, one.read = store.bytes, max(peak, store.nbytes), read_bytes(one.arm, slot)
-        if change is None or one.arm.candidate.kind in ("recency", "random") or not self.options.references:
+        if change is None or one.arm.candidate.kind in EQUAL or self.options.references == "none":
             return []
         ratio, what = equal_ratio(one.arm, store.nbytes, self.options.context), "allocated"
         if ratio >= 1:
@@ -255,7 +260,7 @@ class Measurement:
             return []
         one.equal = Equal(what, ratio, {})
         added = []
-        for kind in ("recency", "random"):
+        for kind in EQUAL:
             one.equal.names[kind] = name = self.reference(change, kind, ratio)
             if name not in self.measured:
                 added.append(name)
@@ -277,7 +282,7 @@ class Measurement:
     def stream_text(self, number: int, text: list[int]) -> None:
         """What arms say of every token of a text, compressing as they go."""
         targets = torch.tensor(text[1:])
-        for name, one in self.measured.items():
+        for name, one in self.further.items():
             if one.arm.streams:
                 self.arms.say(f"text {number + 1}, compressed on the way: {name}")
                 slot, found, done = one.arm.open(0), [], 0
@@ -295,7 +300,7 @@ class Measurement:
         context, whole = list(prompt.context), [*prompt.context, *prompt.question]
         self.arms.say(f"passkey {number + 1}, depth {prompt.depth:.2f}")
         shared = {"question agnostic": self.snapshot(context), "question aware": self.snapshot(whole)}
-        for one in self.measured.values():
+        for one in self.further.values():
             for protocol, found in one.passkeys.items():
                 if protocol == "question agnostic" and not one.arm.dense_prompt:
                     # Cuts move at the same places whatever the prompt's length: the two are one.

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import graft
 from benchmarks.record import RESULTS, save
@@ -28,8 +27,8 @@ from benchmarks.systems import wide_console
 from examples.smollm2 import load
 from graft import Affine, CompressKV, DensePages, DoubleSparsity, KeyChannels, PageBounds, PageMeans
 from graft.codegen.cpp.executable import CppExecutable
-from graft.quality import Candidate, Documents, Options, measure, own_documents, read_documents
-from graft.quality.arms import Arm, Arms, prefilled
+from graft.quality import Candidate, Documents, Options, Quality, measured, own_documents, read_documents
+from graft.quality.arms import Arm, Arms, Say, prefilled
 from graft.runtime.decoder import Rows
 
 AFFINE4 = Affine()
@@ -77,12 +76,19 @@ def main() -> None:
     def say(step: str) -> None:
         console.print(f"{time.perf_counter() - start:7.1f} s  {step}")
 
-    record = earlier(arguments.save) if arguments.add else {}
+    before = earlier(arguments.save) if arguments.add else {}
+    record = dict(before)
+    path = None
     if arguments.part != "times":
-        add_quality(record, quality(arms, options, arguments, say, console))
+        for found in quality(arms, options, arguments, say):
+            # Whoever stops it keeps what there is.
+            record |= with_quality(before, found[0])
+            path = save(arguments.save, record | {"seconds": round(time.perf_counter() - start)})
+        console.print(str(found[1]), soft_wrap=True)
     if arguments.part != "quality":
         record["times"] = times(arguments, say)
-    path = save(arguments.save, record | {"seconds": round(time.perf_counter() - start)})
+        path = save(arguments.save, record | {"seconds": round(time.perf_counter() - start)})
+    assert path is not None
     console.print(f"kept in benchmarks/results/{path.name}")
 
 
@@ -97,14 +103,15 @@ def earlier(name: str) -> dict[str, Any]:
     return {**kept, "runs": [*record.get("runs", []), about]}
 
 
-def add_quality(record: dict[str, Any], found: dict[str, Any]) -> None:
-    """Put arms beside those of runs before. Raises PlanError where those were of other text or other sizes."""
-    if "quality" in record:
-        same = [{**one, "quality": {**one["quality"], "arms": {}}} for one in (record, found)]
-        if any(same[0][key] != same[1][key] for key in ("text", "quality")):
-            raise graft.PlanError("the record holds figures of other text or other sizes", remedy="leave out --add")
-        found["quality"]["arms"] = record["quality"]["arms"] | found["quality"]["arms"]
-    record.update(found)
+def with_quality(record: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Arms beside those of runs before. Raises PlanError where those were of other text or other sizes."""
+    if "quality" not in record:
+        return found
+    same = [{**one, "quality": {**one["quality"], "arms": {}}} for one in (record, found)]
+    if any(same[0][key] != same[1][key] for key in ("text", "quality")):
+        raise graft.PlanError("the record holds figures of other text or other sizes", remedy="leave out --add")
+    arms = record["quality"]["arms"] | found["quality"]["arms"]
+    return {**found, "quality": {**found["quality"], "arms": arms}}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,15 +134,17 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def quality(arms: Mapping[str, CompressKV], options: Options, arguments: argparse.Namespace, say, console: Console) -> dict:  # type: ignore[no-untyped-def]
-    """Everything that is measured of logits, and bytes."""
+def quality(
+    arms: Mapping[str, CompressKV], options: Options, arguments: argparse.Namespace, say: Say
+) -> Iterator[tuple[dict, Quality]]:
+    """Everything that is measured of logits, and bytes, as far as it is known."""
     say("loading SmolLM2-135M-Instruct in float32")
     model, tokenizer = load(torch.float32)
     texts = held_text(arguments.text, tokenizer, options.length, arguments.documents)
-    found = measure(model, arms, texts.ids, options, tokenizer=tokenizer, progress=say)
-    console.print(str(found), soft_wrap=True)
-    text = {"source": texts.source, "sha256": texts.digest, "documents": len(texts.ids)}
-    return {"text": text, "quality": {"dtype": "float32", **asdict(options), "arms": found.to_json()}}
+    about = {"source": texts.source, "sha256": texts.digest}
+    for found in measured(model, arms, texts.ids, options, tokenizer=tokenizer, progress=say):
+        text = {**about, "documents": found["full"].kl.shape[0]}
+        yield {"text": text, "quality": {"dtype": "float32", **asdict(options), "arms": found.to_json()}}, found
 
 
 def held_text(files: Sequence[str | Path], tokenizer: object, length: int, count: int) -> Documents:
@@ -145,7 +154,7 @@ def held_text(files: Sequence[str | Path], tokenizer: object, length: int, count
     return own_documents(tokenizer, length, count)
 
 
-def times(arguments: argparse.Namespace, say) -> dict:  # type: ignore[no-untyped-def]
+def times(arguments: argparse.Namespace, say: Say) -> dict:
     """Microseconds of a step of one row, and the bytes that it reads, by context and arm."""
     say("loading SmolLM2-135M-Instruct in bfloat16")
     model, tokenizer = load(torch.bfloat16)

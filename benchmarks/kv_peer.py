@@ -105,7 +105,11 @@ def own(
     slots = {name: shared.put(arm)[0] for name, arm in made.items()}
     taken = turns(made, slots, prompt[-1], options.context, repeats)
     return {
-        name: {"cache_bytes": found[name].allocated, "kl": found.kl(name).to_json(), "step_us": spread(taken[name], 1e-6)}
+        name: {
+            "cache_bytes": found[name].allocated,
+            "kl": found.kl(name).to_json(),
+            "step_us": spread(taken[name], 1e-6),
+        }
         for name in made
     }
 

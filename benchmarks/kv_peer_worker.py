@@ -41,7 +41,9 @@ def main() -> None:
                 "press": "" if press is None else type(press).__name__,
                 "cache_bytes": size,
                 "kl": {"mean": float(f"{sum(kls) / len(kls):.6g}")},
-                "step_us": {key: round(1e6 * value) for key, value in (("low", low), ("median", middle), ("high", high))},
+                "step_us": {
+                    key: round(1e6 * value) for key, value in (("low", low), ("median", middle), ("high", high))
+                },
             }
     versions = {"kvpress": kvpress.__version__ if hasattr(kvpress, "__version__") else installed("kvpress"),
                 "transformers": transformers.__version__, "torch": torch.__version__}  # fmt: skip

@@ -57,9 +57,7 @@ def scatter(axes: Axes, arms: dict[str, dict], key: str) -> None:
     """One point for each arm; references as lines."""
     full = arms["full"]["bytes"][key]
     for kind, (colour, label) in REFERENCES.items():
-        points = sorted(
-            (one["bytes"][key] / full, one["kl"]["mean"]) for one in arms.values() if one["kind"] == kind
-        )
+        points = sorted((one["bytes"][key] / full, one["kl"]["mean"]) for one in arms.values() if one["kind"] == kind)
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, marker=".", linewidth=1, label=label)
     seen: set[str] = set()
@@ -80,7 +78,9 @@ def scatter(axes: Axes, arms: dict[str, dict], key: str) -> None:
 
 def family(spec: str) -> str:
     """Which of codec, eviction and selection an arm has."""
-    found = [name for name, mark in OF.items() if mark in spec and not (name == "codec" and "codec=dense-pages" in spec)]
+    found = [
+        name for name, mark in OF.items() if mark in spec and not (name == "codec" and "codec=dense-pages" in spec)
+    ]
     return found[0] if len(found) == 1 else "several"
 
 
@@ -92,9 +92,18 @@ def draw_times(record: dict, path: Path) -> None:
     for name in times["contexts"][contexts[0]]:
         figures = [times["contexts"][context][name]["us"] for context in contexts]
         middle = [one["median"] / 1e3 for one in figures]
-        around = [[(one["median"] - one["low"]) / 1e3 for one in figures], [(one["high"] - one["median"]) / 1e3 for one in figures]]  # fmt: skip
+        below = [(one["median"] - one["low"]) / 1e3 for one in figures]
+        above = [(one["high"] - one["median"]) / 1e3 for one in figures]
         colour = "black" if name == "full" else None
-        axes.errorbar([int(context) for context in contexts], middle, around, marker="o", markersize=4, label=name, color=colour)
+        axes.errorbar(
+            [int(context) for context in contexts],
+            middle,
+            [below, above],
+            marker="o",
+            markersize=4,
+            label=name,
+            color=colour,
+        )
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("ms, a step of one row")
     axes.set_ylim(bottom=0)

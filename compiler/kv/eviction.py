@@ -54,6 +54,8 @@ class Eviction(ABC):
     """So many tokens are kept, in the place of a share of them."""
     sinks: int = 4
     """Tokens at the start of a text that stay."""
+    latest: float = 0.0
+    """Share of what is kept in front of the cut that the latest tokens there have, whatever their score."""
     heads: Literal["same", "adaptive"] = "same"
     """Whether every kv head of a layer keeps as many, or those with the larger scores more (AdaKV, 2407.11550)."""
     floor: float = 0.2
@@ -65,10 +67,11 @@ class Eviction(ABC):
     """Whether `score` looks at queries, which the cache then keeps beside the tail's keys."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1 or min(self.tokens, self.sinks) < 0 or not 0 <= self.floor <= 1:
+        shares = min(self.floor, self.latest), max(self.floor, self.latest)
+        if not 0 < self.ratio <= 1 or min(self.tokens, self.sinks) < 0 or shares[0] < 0 or shares[1] > 1:
             raise PlanError(
                 "eviction has options that there are not",
-                expected="ratio in (0, 1], tokens and sinks of 0 or more, floor in [0, 1]",
+                expected="ratio in (0, 1], tokens and sinks of 0 or more, floor and latest in [0, 1]",
                 found=self,
             )
 
@@ -83,7 +86,8 @@ class Eviction(ABC):
 
     def keep(self, scores: Tensor, candidates: Tensor, positions: Tensor, budget: int) -> Tensor:
         """bool [kv heads, n]: which of the candidates stay, scores being those of one layer; of equals the first."""
-        forced = candidates & (positions < self.sinks)
+        latest = best(positions.masked_fill(~candidates, -1), int(self.latest * budget))
+        forced = candidates & (latest | (positions < self.sinks))
         order = scores.masked_fill(~candidates, -torch.inf).masked_fill(forced, torch.inf)
         if self.heads == "same":
             return candidates & best(order, budget)
@@ -107,11 +111,13 @@ def attention_mass(cached: Cached, rows: int | None = None, mean: bool = False) 
     total, seen = torch.zeros_like(cached.before), torch.zeros_like(cached.before)
     for start in range(first, cached.queries.shape[2], QUERIES):
         queries, at = (cached.queries[:, :, start : start + QUERIES], cached.query_positions[start : start + QUERIES])
-        visible = cached.valid[:, None, :] & (cached.positions[:, None, :] <= at[None, :, None])
-        scores = torch.einsum("hgwd,hnd->hgwn", queries, cached.keys) * cached.scale
-        weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
-        total += weights.mean(1).sum(1)
-        seen += visible.sum(1)
+        reached = int((cached.positions <= at[-1]).sum(-1).max())  # entries stand in the order of their positions
+        before = cached.positions[:, None, :reached] <= at[None, :, None]
+        visible = cached.valid[:, None, :reached] & before
+        scores = torch.einsum("hgwd,hnd->hgwn", queries, cached.keys[:, :reached]).mul_(cached.scale)
+        weights = scores.masked_fill_(~visible[:, None], -torch.inf).softmax(-1)
+        total[:, :reached] += weights.sum((1, 2)) / queries.shape[1]
+        seen[:, :reached] += visible.sum(1)
     return total / seen.clamp(min=1) if mean else total
 
 
@@ -129,10 +135,12 @@ class StreamingLLM(Eviction):
 class H2O(Eviction):
     """The tokens that received most attention so far, and the latest ones (H2O, 2306.14048).
 
-    The paper sums the weights of all queries, which favours early tokens; with `mean` each trigger adds the mean over
-    the queries that saw the token. Of a group of query heads the mean counts, which is our choice.
+    The paper sums the weights of all queries, which favours early tokens, and gives the latest ones half of the budget;
+    with `mean` each trigger adds the mean over the queries that saw the token. Of a group of query heads the mean counts,
+    which is our choice.
     """
 
+    latest: float = 0.5
     mean: bool = False
 
     reads_queries: ClassVar[bool] = True

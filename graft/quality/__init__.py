@@ -1,7 +1,7 @@
 """What compressing the KV cache costs: an arm for each plan beside the full cache, on held text and in memory."""
 
 from graft.quality.arms import Candidate
-from graft.quality.measuring import Options, measure
+from graft.quality.measuring import Options, measure, measured
 from graft.quality.metrics import Bootstrap, Interval
 from graft.quality.report import Quality, Result
 from graft.quality.texts import Documents, own_documents, read_documents
@@ -15,6 +15,7 @@ __all__ = [
     "Quality",
     "Result",
     "measure",
+    "measured",
     "own_documents",
     "read_documents",
 ]

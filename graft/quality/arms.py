@@ -262,8 +262,8 @@ def read_bytes(arm: Arm, slot: int) -> int:
             continue
         far, selection = store.far[state.name], state.pages.selection
         total += (length - far.cuts[slot]) * dense_bytes(state)
-        entry: float = (state.key_dim + state.value_dim) * state.dtype.itemsize
-        entry = entry if state.pages.codec.in_place else state.page_bytes / PAGE
+        dense = (state.key_dim + state.value_dim) * state.dtype.itemsize
+        entry = dense if state.pages.codec.in_place else state.page_bytes / PAGE
         for layer, counts in enumerate(far.counts[:, slot].tolist()):
             for count in counts:
                 if selection is None or layer < selection.dense_layers:
@@ -272,5 +272,3 @@ def read_bytes(arm: Arm, slot: int) -> int:
                     chosen = min(count, selection.units(count) * selection.size)
                     total += int(chosen * entry + -(-count // PAGE) * state.label_bytes)
     return total
-
-

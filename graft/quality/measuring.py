@@ -6,7 +6,7 @@ and queries, and compresses that. Arms that compress on the way run it themselve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,27 +99,44 @@ def measure(
 
     Raises PlanError for a plan without compression, plans that do not go together, and texts that are too short.
     """
+    *_, last = measured(model, plans, texts, options, tokenizer=tokenizer, backend=backend, progress=progress)
+    return last
+
+
+def measured(
+    model: PreTrainedModel,
+    plans: Mapping[str, Plan | CompressKV],
+    texts: Sequence[Sequence[int]],
+    options: Options = Options(),
+    *,
+    tokenizer: Any = None,
+    backend: str = "auto",
+    progress: Say | None = None,
+) -> Iterator[Quality]:
+    """As `measure`, but all that is known so far, after every text and every passkey."""
     plan, candidates = given(plans)
     check(model, texts, options, tokenizer)
     run = Measurement(Arms(model, plan, backend, progress or (lambda _: None)), options)
     run.add(Candidate("full", None, "full"))
     for candidate in candidates:
         run.add(candidate)
-    changes = [candidate.change for candidate in candidates]
+    changes = [candidate.change for candidate in candidates if candidate.change is not None]
     if options.references != "none":
-        for prompt in {change.prompt: change for change in changes if change is not None}.values():
+        for prompt in {change.prompt: change for change in changes}.values():
             change = per_token_int8(prompt)
             if change not in changes:
-                run.add(Candidate(f"int8 per token{suffix(change, changes)}", change, "int8"))
+                apart = f", {change.prompt} prompt" if len({one.prompt for one in changes}) > 1 else ""
+                run.add(Candidate(f"int8 per token{apart}", change, "int8"))
     for number, text in enumerate(texts):
         run.continue_text(number, list(text))
-    if options.streamed:
-        for number, text in enumerate(texts[: options.streamed_texts]):
-            run.stream_text(number, list(text[: options.streamed]))
+        yield run.results()
     prompts = passkeys(texts, tokenizer, options.passkey_context, options.passkeys, options.seed)
-    for number, question in enumerate(prompts):
-        run.ask(number, question)
-    return run.results(len(texts))
+    for number, passkey in enumerate(prompts):
+        run.ask(number, passkey)
+        yield run.results()
+    for number, text in enumerate(texts[: options.streamed_texts] if options.streamed else ()):
+        run.stream_text(number, list(text[: options.streamed]))
+        yield run.results()
 
 
 def given(plans: Mapping[str, Plan | CompressKV]) -> tuple[Plan, list[Candidate]]:
@@ -140,11 +157,6 @@ def given(plans: Mapping[str, Plan | CompressKV]) -> tuple[Plan, list[Candidate]
         if name == "full":
             raise PlanError("a plan takes the name of the full cache", found=name, remedy="another name")
     return first, [Candidate(name, change) for name, (_, change) in parts.items()]
-
-
-def suffix(change: CompressKV, changes: Sequence[CompressKV | None]) -> str:
-    """What tells references apart where plans compress at different times."""
-    return f", {change.prompt} prompt" if len({one.prompt for one in changes if one is not None}) > 1 else ""
 
 
 def check(model: PreTrainedModel, texts: Sequence[Sequence[int]], options: Options, tokenizer: Any) -> None:
@@ -311,8 +323,9 @@ class Measurement:
                 found.append(answers(one.arm, slot, last, [*prompt.context, *prompt.question][len(asked) :], prompt))
                 one.arm.clear()
 
-    def results(self, documents: int) -> Quality:
-        """Everything, with intervals."""
+    def results(self) -> Quality:
+        """Everything so far, with intervals."""
+        documents = len(self.full.tokens)
         resamples = Bootstrap(documents, self.options.tokens, self.options.resamples, self.options.seed)
         results = []
         for one in self.measured.values():

@@ -311,7 +311,8 @@ class Measurement:
         """Whether arms say the key: asked before they compress, and asked after."""
         context, whole = list(prompt.context), [*prompt.context, *prompt.question]
         self.arms.say(f"passkey {number + 1}, depth {prompt.depth:.2f}")
-        shared = {"question agnostic": self.snapshot(context), "question aware": self.snapshot(whole)}
+        asked_before = self.snapshot(whole)
+        shared = {"question agnostic": asked_before.first(len(context)), "question aware": asked_before}
         for one in self.further.values():
             for protocol, found in one.passkeys.items():
                 if protocol == "question agnostic" and not one.arm.dense_prompt:
@@ -320,7 +321,7 @@ class Measurement:
                     continue
                 asked = context if protocol == "question agnostic" else whole
                 slot, last, _ = self.begin(one, asked, shared[protocol])
-                found.append(answers(one.arm, slot, last, [*prompt.context, *prompt.question][len(asked) :], prompt))
+                found.append(answers(one.arm, slot, last, whole[len(asked) :], prompt))
                 one.arm.clear()
 
     def results(self) -> Quality:
@@ -359,7 +360,7 @@ def compare(full: list[Tensor], logits: list[Tensor], targets: Tensor) -> PerTok
 def answers(arm: Arm, slot: int, last: Tensor, question: list[int], prompt: Passkey) -> bool:
     """Whether greedy decoding behind the question says the key: each of its tokens is the likeliest behind those
     before."""
-    rows = [last[None]]
+    rows = [] if question else [last[None]]
     rows += arm.feed(slot, [*question, *prompt.answer[:-1]], want_all=True, most=CALL)
     best = torch.cat(rows)[-len(prompt.answer) :].argmax(-1)
     return tuple(best.tolist()) == prompt.answer

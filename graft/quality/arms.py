@@ -5,6 +5,7 @@ What is given up when a cut moves is the store's business alone: arms that diffe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from graft.compiler.errors import PlanError
 from graft.compiler.kv.codecs import PAGE, Affine, DensePages
 from graft.compiler.kv.eviction import RandomEviction, StreamingLLM
 from graft.compiler.ordering import ordered
-from graft.compiler.pipeline import run_passes
+from graft.compiler.pipeline import PassWarning, run_passes
 from graft.compiler.plan import FACTS, Plan
 from graft.compiler.program import DENSE, Function, KVState, Program
 from graft.compiler.spec import show
@@ -185,7 +186,10 @@ class Arms:
         program = self.program.copy()
         if change is not None:
             # Last of all, so that the others run once; what they do does not depend on it.
-            run_passes(program, [change], facts=FACTS - {"cache-free"}, sample=sample)
+            with warnings.catch_warnings():
+                # What giving tokens up costs is what is being measured.
+                warnings.filterwarnings("ignore", message=".* gives tokens up", category=PassWarning)
+                run_passes(program, [change], facts=FACTS - {"cache-free"}, sample=sample)
         panels = {name: one for held in self.decoders.values() for name, one in held.executable.panels.items()}
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])

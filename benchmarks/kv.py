@@ -50,16 +50,16 @@ ARMS: dict[str, CompressKV] = {
     "SnapKV 25%": CompressKV(DensePages(), graft.SnapKV(ratio=0.25), prompt="dense"),
     "KeyNorm 50%": CompressKV(DensePages(), graft.KeyNorm(ratio=0.5)),
     "Random 50%": CompressKV(DensePages(), graft.RandomEviction(ratio=0.5)),
-    "Double Sparsity 1/4": CompressKV(DensePages(), selection=DoubleSparsity(ratio=0.25)),
-    "Double Sparsity 1/8": CompressKV(DensePages(), selection=DS8),
-    "Double Sparsity 1/16": CompressKV(DensePages(), selection=DoubleSparsity(ratio=0.0625)),
-    "Quest pages of 16, 1/8": CompressKV(DensePages(), selection=PageBounds(ratio=0.125, unit=16)),
-    "page means of 8, 1/8": CompressKV(DensePages(), selection=PageMeans(ratio=0.125, unit=8)),
+    "Double Sparsity 25%": CompressKV(DensePages(), selection=DoubleSparsity(ratio=0.25)),
+    "Double Sparsity 12.5%": CompressKV(DensePages(), selection=DS8),
+    "Double Sparsity 6.25%": CompressKV(DensePages(), selection=DoubleSparsity(ratio=0.0625)),
+    "Quest pages of 16, 12.5%": CompressKV(DensePages(), selection=PageBounds(ratio=0.125, unit=16)),
+    "page means of 8, 12.5%": CompressKV(DensePages(), selection=PageMeans(ratio=0.125, unit=8)),
     "H2O 50% + KIVI K4V4": CompressKV(AFFINE4, H2O50),
-    "Double Sparsity 1/8 + KIVI K4V4": CompressKV(AFFINE4, selection=DS8),
+    "Double Sparsity 12.5% + KIVI K4V4": CompressKV(AFFINE4, selection=DS8),
 }
 """By name; here all of them compress at the end of a prompt."""
-TIMED = ("KIVI K4V4", "Double Sparsity 1/8", "StreamingLLM 50%", "Double Sparsity 1/8 + KIVI K4V4")
+TIMED = ("KIVI K4V4", "Double Sparsity 12.5%", "StreamingLLM 50%", "Double Sparsity 12.5% + KIVI K4V4")
 """Beside the full cache."""
 GIVEN = ("context", "tokens", "streamed", "passkeys", "passkey_context", "references")
 CONTEXTS = (1000, 4000, 8000)

@@ -136,8 +136,8 @@ class H2O(Eviction):
     """The tokens that received most attention so far, and the latest ones (H2O, 2306.14048).
 
     The paper sums the weights of all queries, which favours early tokens, and gives the latest ones half of the budget;
-    with `mean` each trigger adds the mean over the queries that saw the token. Of a group of query heads the mean counts,
-    which is our choice.
+    with `mean` each trigger adds the mean over the queries that saw the token. Of a group of query heads the mean
+    counts, which is our choice.
     """
 
     latest: float = 0.5

@@ -75,6 +75,7 @@ class Decoder:
         self.function, self.executable = function, executable
         self.vocabulary, self.max_positions = vocabulary, max_positions
         self.device = function.device
+        self.paged = any(state.pages is not None for state in function.states)
         self.store = KVStore(function.states, self.device) if store is None else store
         self.shared: dict[str, object] = {}
         """State of drafters that outlives a generate() call (compiler.drafting.Target)."""
@@ -117,7 +118,7 @@ class Decoder:
                 columns = [rows.tokens, rows.positions, rows.slots, rows.parents, self.store.lengths, rows.wanted]
                 inputs = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
                 states = self.function.states
-                far = self.store.far_inputs(states)
+                far = self.store.far_inputs(states) if self.paged else []
                 logits, hidden = self.executable(*inputs, *own, *self.store.select(states), *far)
         except BaseException:
             for slot in set(rows.slots):

@@ -12,7 +12,7 @@ from torch import Tensor
 from graft.compiler.errors import StateError
 from graft.compiler.program import KVState
 from graft.runtime.kv_pages import FarTokens
-from graft.runtime.kv_store import KVStore, check_length, gather_path
+from graft.runtime.kv_store import KVStore, check_length, first_moved, gather_path
 
 
 class KVOverlay:
@@ -111,8 +111,9 @@ class KVOverlay:
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """As `KVStore.commit`, here alone."""
-        tails = self.store.tails(self.states, slot)
-        gather_path(tails, self.length(slot), self.pending.get(slot, 0), path, slot)
+        moved = first_moved(path, self.pending.get(slot, 0), slot)
+        if moved < len(path):
+            gather_path(self.store.tails(self.states, slot), self.length(slot), path, moved)
         self.grown[slot] = self.grown.get(slot, 0) + len(path)
         self.pending.pop(slot, None)
 

@@ -31,6 +31,8 @@ class KVStore:
     def __init__(self, states: Sequence[KVState], device: torch.device) -> None:
         self.states, self.device = tuple(states), device
         self.tensors = [self.allocate(state, 0, FIRST_CAPACITY) for state in self.states]
+        self.least = FIRST_CAPACITY
+        """Tokens that every tensor has room for in a slot."""
         self.far = {state.name: FarTokens(state, device) for state in self.states if state.pages is not None}
         """Of states with pages."""
         self.lengths: list[int] = []
@@ -109,7 +111,7 @@ class KVStore:
                     remedy="commit or roll back before the next call",
                 )
         self.reserve({slot: self.lengths[slot] + count for slot, count in counts.items()})
-        for slot, count in counts.items():
+        for slot, count in counts.items() if self.far else ():
             trigger = self.trigger(slot)
             if trigger is not None and self.lengths[slot] + count >= trigger:
                 for one in self.far.values():
@@ -119,6 +121,8 @@ class KVStore:
 
     def reserve(self, lengths: Mapping[int, int]) -> None:
         """Make room for so many tokens, by slot. Raises StateError if memory runs out; then nothing has changed."""
+        if max(lengths.values()) <= self.least:
+            return
         held = [tensor.shape[3] for tensor in self.tensors]
         need = [max(length - self.base(state, slot) for slot, length in lengths.items()) for state in self.states]
         if any(more > there for more, there in zip(need, held, strict=True)):
@@ -139,7 +143,9 @@ class KVStore:
                 where=f"slot {slot}",
                 remedy="let rows end in front of KVStore.trigger(slot)",
             )
-        gather_path(self.tails(self.states, slot), self.lengths[slot], self.pending[slot], path, slot)
+        moved = first_moved(path, self.pending[slot], slot)
+        if moved < len(path):
+            gather_path(self.tails(self.states, slot), self.lengths[slot], path, moved)
         self.lengths[slot], self.pending[slot] = length, 0
         if length == trigger:
             self.move_cut(slot)
@@ -217,7 +223,7 @@ class KVStore:
         for new, old in zip(grown, self.tensors, strict=True):
             most = min(new.shape[3], old.shape[3])
             new[:, : old.shape[1], :, :most] = old[:, :, :, :most]
-        self.tensors = grown
+        self.tensors, self.least = grown, min(capacities, default=0)
 
     def allocate(self, state: KVState, slots: int, capacity: int) -> Tensor:
         """Zeros, so that what was never written can be read without harm."""
@@ -240,11 +246,11 @@ def gather(rows: Tensor, places: Sequence[int], start: int) -> None:
         rows[:, :, start:end] = rows.index_select(2, torch.tensor(places, device=rows.device))
 
 
-def gather_path(
-    tails: Sequence[tuple[Tensor, int]], length: int, count: int, path: Sequence[int], slot: int
-) -> None:
-    """Move the rows at these places of the `count` behind `length` tokens to the front of them, in order; `tails` as in
-    `KVStore.tails`."""
+def first_moved(path: Sequence[int], count: int, slot: int) -> int:
+    """The first index in a path, places among `count` uncommitted rows, whose row is not in its place already.
+
+    Raises StateError unless the places rise.
+    """
     outside = any(not 0 <= place < count for place in path)
     if outside or any(second <= first for first, second in pairwise(path)):
         raise StateError(
@@ -253,10 +259,14 @@ def gather_path(
             found=list(path),
             where=f"slot {slot}",
         )
-    stay = next((index for index, place in enumerate(path) if place != index), len(path))
-    if stay < len(path):
-        for tail, base in tails:
-            gather(tail[:, :, length - base :], path[stay:], stay)
+    return next((index for index, place in enumerate(path) if place != index), len(path))
+
+
+def gather_path(tails: Sequence[tuple[Tensor, int]], length: int, path: Sequence[int], moved: int) -> None:
+    """Move the rows at these places behind `length` tokens to the front, in order, from index `moved` of the path on;
+    `tails` as in `KVStore.tails`."""
+    for tail, base in tails:
+        gather(tail[:, :, length - base :], path[moved:], moved)
 
 
 def check_length(slot: int, length: int, least: int, most: int) -> None:

@@ -21,6 +21,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCr
 import graft
 from benchmarks import llama
 from benchmarks.llama import PeerError
+from benchmarks.record import HERE
 from graft.codegen.cpp.build import compiler
 
 PAUSE = 0.05
@@ -61,7 +62,8 @@ class Graft:
 
     def __init__(self, fast: graft.CompiledModel) -> None:
         self.fast = fast
-        self.notes: dict[str, object] = {"plan": fast.plan.to_toml()}
+        # Folders in the checkout are named as seen from there.
+        self.notes: dict[str, object] = {"plan": fast.plan.to_toml().replace(f"{HERE.parent}/", "")}
 
     def run(self, ids: list[int], new_tokens: int) -> Timed:
         first, text = FirstToken(), torch.tensor([ids])

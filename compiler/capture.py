@@ -86,15 +86,20 @@ class CausalLM(nn.Module):
         return logits, hidden[0]
 
 
+DEEP = 12
+"""Layers up to which torch's cache of fake tensors costs an export with symbolic sizes more than it saves: a third of
+the time of three layers, and it saves a quarter of that of thirty."""
+
+
 def export(model: PreTrainedModel) -> ExportedProgram:
     """torch.export's graph with batch and length dynamic, and with functional operators only."""
     device = next(model.parameters()).device
     tokens = torch.arange(21, device=device).reshape(3, 7) % model.config.get_text_config().vocab_size
     positions = torch.arange(7, device=device).expand(3, 7).contiguous()
     sizes = {0: Dim.AUTO, 1: Dim.AUTO}
+    deep = getattr(model.config.get_text_config(), "num_hidden_layers", 0) > DEEP
     try:
-        # The cache of fake tensors costs a third of the time of an export with symbolic sizes and saves less.
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=deep):
             exported = torch.export.export(
                 CausalLM(model), (tokens, positions), dynamic_shapes=(sizes, dict(sizes)), strict=False
             )

@@ -36,7 +36,8 @@ class KVOverlay:
                     "a draft function shares a KV state that the target does not have in that layout",
                     expected=held.get(state.name) or f"one of {', '.join(held) or 'no states'}",
                     found=state,
-                    remedy="a pass aimed at a draft that shares the target's KV must keep its layout",
+                    remedy="a pass aimed at a draft that shares the target's KV must keep its layout; one that reads "
+                    "queries finds none there",
                 )
         self.store, self.states, self.device = store, tuple(states), store.device
         self.grown: dict[int, int] = {}

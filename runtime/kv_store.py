@@ -26,7 +26,7 @@ FIRST_CAPACITY = 256
 
 
 class KVStore:
-    """One tensor [layers, slots, kv heads, capacity, key dim + value dim] for each state."""
+    """One tensor [layers, slots, kv heads, capacity, width] for each state, and pages for those that have them."""
 
     def __init__(self, states: Sequence[KVState], device: torch.device) -> None:
         self.states, self.device = tuple(states), device

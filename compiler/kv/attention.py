@@ -43,37 +43,37 @@ def kv_attend_pages(
     With a selection a row reads those whose labels it prefers: `labels` uint8 [G, label bytes], [width, units] of a
     page in kv's dtype, and `channels` int64 [layers, slots, kv heads, width]. `codec` and `selection` are components
     as text; no selection is "". Returns [1, N, heads, value dim].
+
+    Every row is computed by itself, its keys lined up along its own path, so that it comes from the same numbers in the
+    same shapes whatever other rows there are: what has no kernel runs as it stands here.
     """
     key_dim, heads = q.shape[-1], kv.shape[2]
     place, ancestors = row_places(sequences, lengths), ancestry(parents)
     out = q.new_zeros(q.shape[2], q.shape[1], value_dim)
     for slot in sequences.unique().tolist():
-        rows = (sequences == slot).nonzero().flatten()
-        committed, total = int(lengths[slot]), int(lengths[slot]) + len(rows)
-        tail = kv[layer, slot, :, :total, : key_dim + value_dim]
-        visible = torch.ones(len(rows), total, dtype=torch.bool, device=q.device)
-        visible[:, committed:] = ancestors[rows][:, rows]
-        visible[:, : int(starts[slot])] = False
-        assert torch.equal(place[rows], torch.arange(committed, total, device=q.device))
-        keys, values = far_entries(tail, key_dim, pages, table[layer, slot], counts[layer, slot], codec, kv.dtype)
-        queries = q[0, :, rows].unflatten(0, (heads, -1))
-        seen = torch.arange(keys.shape[1], device=q.device) < counts[layer, slot][:, None]
-        seen = seen[:, None, :].expand(-1, len(rows), -1)
-        if selection and labels is not None and channels is not None:
-            stored = (labels, table[layer, slot], counts[layer, slot], channels[layer, slot])
-            chosen = selected(queries, *stored, layer, selection, kv.dtype)
-            seen = seen & chosen[..., : keys.shape[1]]
-        both = torch.cat([seen, visible.expand(heads, -1, -1)], dim=-1)
-        result = softmax_attention(
-            q[:, :, rows],
-            torch.cat([keys, tail[..., :key_dim].to(keys.dtype)], dim=1)[None],
-            torch.cat([values, tail[..., key_dim:].to(keys.dtype)], dim=1)[None],
-            both.repeat_interleave(q.shape[1] // heads, dim=0),
-            scale,
-            softcap,
-            sinks,
-        )
-        out[rows] = result[0].transpose(0, 1)
+        tail = kv[layer, slot, :, :, : key_dim + value_dim]
+        own, numbers, start, committed = counts[layer, slot], table[layer, slot], int(starts[slot]), int(lengths[slot])
+        keys, values = far_entries(tail, key_dim, pages, numbers, own, codec, kv.dtype)
+        inside = (torch.arange(keys.shape[1], device=kv.device) < own[:, None])[:, None, :]
+        for row in (sequences == slot).nonzero().flatten().tolist():
+            seen = inside
+            if selection and labels is not None and channels is not None:
+                queries = q[0, :, row : row + 1].unflatten(0, (heads, -1))
+                stored = (labels, numbers, own, channels[layer, slot])
+                seen = seen & selected(queries, *stored, layer, selection, kv.dtype)
+            path = torch.cat([torch.arange(start, committed, device=kv.device), place[ancestors[row]]])
+            near = tail[:, path].to(keys.dtype)
+            visible = torch.cat([seen, seen.new_ones(heads, 1, len(path))], dim=-1)
+            result = softmax_attention(
+                q[:, :, row : row + 1],
+                torch.cat([keys, near[..., :key_dim]], dim=1)[None],
+                torch.cat([values, near[..., key_dim:]], dim=1)[None],
+                visible.repeat_interleave(q.shape[1] // heads, dim=0),
+                scale,
+                softcap,
+                sinks,
+            )
+            out[row] = result[0, :, 0]
     return out[None]
 
 

@@ -240,6 +240,14 @@ class Rows(Protocol):
         """float64 [vocabulary], sums to 1: softmax of the processed logits."""
         ...
 
+    def choice(self, row: int, uniforms: Uniforms) -> int:
+        """The token that plain decoding puts behind the row: the best one, or the one sampled there."""
+        ...
+
+    def score(self, row: int) -> float:
+        """What the function that the verifier's passes added says of the row (`Verifier.passes`)."""
+        ...
+
 
 class Uniforms(Protocol):
     """Counter-based random numbers of one request: a function of (seed, stream, counter) and nothing else."""
@@ -261,6 +269,12 @@ class Verifier(ABC):
 
     chains_only: ClassVar[bool] = False
     """Whether the rule is for trees in which no node has two children."""
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Its graph part: passes of contract lossless that add a function for the host program to run behind the
+        target, which scores rows. compile() runs them after the drafters', in a plan that drafts."""
+        return ()
 
     @abstractmethod
     def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:

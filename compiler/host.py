@@ -26,7 +26,7 @@ PRIMITIVES: dict[str, str] = {
     "active": "active(requests) -> bool: whether a request is unfinished",
     "draft": "draft(requests) -> trees: a draft tree for every request that is past its prompt",
     "lay_out": "lay_out(requests[, trees]) -> rows: the next prompt chunks, and root and tree of the other requests",
-    "verify": "verify(requests, logits[, trees]) -> outcomes: the accepted path of each request and the token after it",
+    "verify": "verify(requests, logits[, trees[, scores]]) -> outcomes: each request's accepted path, the token behind",
     "commit": "commit(requests, outcomes): keep what was accepted in text and KV cache; close what is finished",
 }
 """What the runtime provides beside the program's functions, each with its meaning."""
@@ -152,6 +152,25 @@ def split_host(layers: Sequence[int]) -> Host:
         Call("commit", ("requests", "outcomes")),
     )
     return Host((While(Call("active", ("requests",)), step),))
+
+
+def scored_host(host: Host, function: str) -> Host:
+    """The host program with `scores = function(rows)` in front of verification, which reads them."""
+
+    def scored(body: tuple[Statement, ...]) -> Iterator[Statement]:
+        for statement in body:
+            match statement:
+                case Call("verify", arguments, outputs):
+                    yield Call(function, ("rows",), ("scores",))
+                    yield Call("verify", (*arguments, "scores"), outputs)
+                case While(condition, inner):
+                    yield While(condition, tuple(scored(inner)))
+                case If(condition, inner, orelse):
+                    yield If(condition, tuple(scored(inner)), tuple(scored(orelse)))
+                case _:
+                    yield statement
+
+    return Host(tuple(scored(host.body)), host.name, host.parameters)
 
 
 def exit_questions(functions: Collection[str]) -> dict[int, str]:

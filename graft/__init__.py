@@ -56,6 +56,7 @@ from graft.passes.dead_code import DeadCode
 from graft.passes.drop_block import DropBlock
 from graft.passes.early_exit import EarlyExit
 from graft.passes.hydra_heads import HydraHeads
+from graft.passes.judge_head import JudgeHead
 from graft.passes.kv_cache import KVCache
 from graft.passes.layer_parallel import LayerParallel
 from graft.passes.medusa_heads import MedusaHeads
@@ -73,7 +74,7 @@ from graft.runtime.drafters.self_draft import SelfDraft
 from graft.runtime.drafters.trie import Trie
 from graft.runtime.rejection import KSeq, RecursiveRejection
 from graft.runtime.tree_policies import BestFirst, Chain, ChainUntil, Fixed, StochasticBeam
-from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyTypical, SampleAndMatch
+from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyJudge, LossyTypical, SampleAndMatch
 from graft.training import RouterOptions, TrainOptions, train_heads, train_routers
 
 __all__ = [
@@ -116,6 +117,7 @@ __all__ = [
     "Heads",
     "HydraHeads",
     "InPlace",
+    "JudgeHead",
     "KSeq",
     "KVCache",
     "Kangaroo",
@@ -126,6 +128,7 @@ __all__ = [
     "LayerSkip",
     "Leviathan",
     "Lookup",
+    "LossyJudge",
     "LossyTypical",
     "LoweringError",
     "MedusaHeads",

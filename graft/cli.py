@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add_quality(quality)
     quality.set_defaults(command=quality_command)
 
-    train = commands.add_parser("train-heads", help="train draft heads, an adapter or an exit classifier for a model")
+    train = commands.add_parser("train-heads", help="train draft heads, an adapter, an exit classifier or a judge")
     add_training(train)
     train.set_defaults(command=train_command)
 
@@ -125,11 +125,12 @@ def add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help="for the heads; a run goes on there")
     what = 'text, or ".jsonl" with a "prompt" or "turns" in each line, which the model continues'
     command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=what)
-    kinds = ("hydra", "medusa", "kangaroo", "acceptance", "exit-classifier")
+    kinds = ("hydra", "medusa", "kangaroo", "acceptance", "exit-classifier", "judge")
     command.add_argument("--kind", choices=kinds, default="hydra", help="what to train (%(default)s)")
     command.add_argument("--prefix", action="store_true", help="Hydra++: a decoder layer in front of the heads")
     command.add_argument("--unembedding", choices=("target", "shared"), default="target", help="(%(default)s)")
-    counts = ("heads", "layers", "layer", "vocabulary", "length", "new-tokens", "epochs", "batch", "patience", "seed")
+    counts = ("heads", "layers", "layer", "vocabulary", "length", "new-tokens", "ahead", "epochs", "batch",
+              "patience", "seed")  # fmt: skip
     for name, kind in (*((name, int) for name in counts), ("rate", float)):
         command.add_argument(f"--{name}", type=kind, metavar="N", help="see graft.TrainOptions")
     command.add_argument("--gguf", metavar="FILE", help="a GGUF file in MODEL")

@@ -139,16 +139,19 @@ def merged(plan: Plan) -> Merge | None:
 
 
 def draft_passes(plan: Plan) -> list[Pass]:
-    """The graph parts of the plan's drafters. Raises PlanError where one of them could change the target."""
+    """The graph parts of the plan's drafters, and where there are some of its verifier. Raises PlanError where one of
+    them could change the target's functions."""
     found: list[Pass] = []
-    for drafter in plan.draft:
-        for one in drafter.passes:
+    for part in (*plan.draft, plan.verifier):
+        if part is None or not plan.draft:
+            continue
+        for one in part.passes:
             if one.contract != "lossless":
                 raise PlanError(
-                    "a drafter's pass could change the output",
+                    "a pass of a drafter or verifier could change the target",
                     expected="contract lossless",
                     found=f"{one.pass_name()}, {one.contract}",
-                    where=type(drafter).__name__,
+                    where=type(part).__name__,
                 )
             found.append(one)
     return found

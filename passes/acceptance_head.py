@@ -11,20 +11,16 @@ after, beside the unchanged target, for one block:
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from graft.compiler.building import Builder, add_parameters
 from graft.compiler.canonical import aten
-from graft.compiler.errors import CheckpointError
 from graft.compiler.passing import Contract, Pass, View, lossless
 from graft.compiler.program import Input
+from graft.passes.heads.trained import read_trained
 
 ACCEPTANCE = "acceptance"
 """Name of the function, and of its parameters among the program's weights."""
@@ -77,26 +73,5 @@ def acceptance_shapes(blocks: int, width: int) -> dict[str, tuple[int, ...]]:
 
 def read_acceptance(folder: str, layer: int, width: int) -> dict[str, Tensor]:
     """The head's tensors. Raises CheckpointError, naming what is missing or surplus, where they do not fit."""
-    where = Path(folder).expanduser()
-    try:
-        data = json.loads((where / "config.json").read_text())
-        expected = acceptance_shapes(int(data["num_layers"]), width)
-        made_for, found = int(data["layer"]), load_file(where / ACCEPTANCE_WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            "there is no acceptance head here",
-            expected=f"config.json and {ACCEPTANCE_WEIGHTS}, as train-heads writes them",
-            found=f"{type(error).__name__}: {error}",
-            where=where,
-        ) from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if made_for != layer or shapes != expected:
-        missing, surplus = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-        wrong = sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name])
-        raise CheckpointError(
-            "the acceptance head does not fit",
-            expected=f"one for layer {layer} and width {width}",
-            found=f"layer {made_for}; missing: {missing}; surplus: {surplus}; of other sizes: {wrong}",
-            where=where,
-        )
-    return found
+    shapes = lambda data: acceptance_shapes(int(data["num_layers"]), width)  # noqa: E731
+    return read_trained(folder, "acceptance head", ACCEPTANCE_WEIGHTS, shapes, layer=layer)

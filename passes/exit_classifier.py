@@ -10,20 +10,16 @@ after:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from graft.compiler.building import add_parameters
 from graft.compiler.canonical import aten
-from graft.compiler.errors import CheckpointError
 from graft.compiler.nodes import Origin, Value
 from graft.compiler.passing import View
 from graft.compiler.shapes import attribute
+from graft.passes.heads.trained import read_trained
 
 CLASSIFIER = "exit_classifier"
 """Name of its parameters among the program's weights."""
@@ -37,7 +33,7 @@ def classified(view: View, hidden: Value, folder: str | Path, layer: int) -> Val
     Raises CheckpointError for a folder that holds no classifier, or one of another layer or width.
     """
     width = int(hidden.shape[-1])
-    tensors = read_classifier(folder, layer, width)
+    tensors = read_trained(folder, "exit classifier", CLASSIFIER_WEIGHTS, lambda _: line_shapes(width), layer=layer)
     function = view.function
     add_parameters(view, CLASSIFIER, {name: one.to(function.device, hidden.dtype) for name, one in tensors.items()})
     read, (_, fakes) = [], function.fake_inputs()
@@ -51,26 +47,6 @@ def classified(view: View, hidden: Value, folder: str | Path, layer: int) -> Val
     return score.apply(aten._to_copy.default, dtype=torch.float32).apply(aten.sigmoid.default)
 
 
-def read_classifier(folder: str | Path, layer: int, width: int) -> dict[str, Tensor]:
-    """Its tensors, checked."""
-    where = Path(folder).expanduser()
-    expected = {"weight": (1, width), "bias": (1,)}
-    try:
-        made_for = json.loads((where / "config.json").read_text())["layer"]
-        found = load_file(where / CLASSIFIER_WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            "there is no exit classifier here",
-            expected=f"config.json and {CLASSIFIER_WEIGHTS}, as train-heads writes them",
-            found=f"{type(error).__name__}: {error}",
-            where=where,
-        ) from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if made_for != layer or shapes != expected:
-        raise CheckpointError(
-            "the exit classifier is not for this exit",
-            expected=f"layer {layer}, {expected}",
-            found=f"layer {made_for}, {shapes}",
-            where=where,
-        )
-    return found
+def line_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Of a line over rows of this width."""
+    return {"weight": (1, width), "bias": (1,)}

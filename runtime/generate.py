@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from graft.compiler.acceptance import check_lossless, kinds_of
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import PlanError
 from graft.compiler.host import Host, exit_questions
-from graft.runtime.decoder import Decoder
+from graft.passes.judge_head import JUDGE
+from graft.runtime.decoder import Decoder, Rows
+from graft.runtime.drafters.heads import run_rows
 from graft.runtime.run import PRIMITIVES, Run
 from graft.runtime.settings import ModelFace, Settings, resolve
 from graft.runtime.split import split_of
@@ -56,6 +59,9 @@ class Generator:
         functions = {decoder.function.name: decoder.forward}
         if exit_questions(decoder.functions):
             functions |= split_of(decoder).primitives()
+        if JUDGE in decoder.functions:
+            decoder.keeps_hidden = True
+            functions[JUDGE] = partial(judge, decoder)
         self.loop = host.load({**functions, **PRIMITIVES})
         self.lock = threading.RLock()
 
@@ -95,6 +101,15 @@ class Generator:
         if self.drafter is not None:
             check_lossless(chosen, [self.drafter], self.policy, sampling=sampling)
         return chosen
+
+
+def judge(decoder: Decoder, rows: Rows) -> Tensor:
+    """[rows.wanted, 1]: what the judge head says of rows whose hidden states the target's latest call left."""
+    assert decoder.hidden is not None
+    hidden = decoder.hidden
+    if len(rows.wanted) < len(rows):
+        hidden = hidden[torch.tensor(rows.wanted, device=decoder.device)]
+    return run_rows(decoder.functions[JUDGE], [[0]] * len(hidden), [hidden])
 
 
 def output(run: Run, settings: Settings) -> Tensor | GenerateDecoderOnlyOutput:

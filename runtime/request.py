@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList
 from graft.compiler.drafting import Context, DraftTree, Uniforms
 from graft.compiler.errors import GenerationError
 from graft.runtime.random import Streams
+from graft.runtime.verifiers import draw
 
 SAMPLING = "sampling"
 """Key of `Context.data` under which the request's `Sampling` stands, for drafters that draw as the target does."""
@@ -147,10 +148,13 @@ class TargetRows:
         logits: Tensor,
         first: int,
         best: tuple[list[int], list[float]] | None,
+        judged: list[float] | None = None,
     ) -> None:
         """`logits` float32 [rows of the call, vocabulary], of which `first` is the root's; `best` argmax and maximum of
-        all of them, where there are no processors and tokens are not sampled."""
+        all of them, where there are no processors and tokens are not sampled; `judged` what the verifier's function
+        says of all of them."""
         self.request, self.tree, self.logits, self.first, self.best_tokens = request, tree, logits, first, best
+        self.judged = judged
         self.processed: dict[int, Tensor] = {}
         self.distributions: dict[int, np.ndarray] = {}
 
@@ -171,6 +175,17 @@ class TargetRows:
             found = self.request.sampling.distribution(self.scores(row), self.position(row))
             self.distributions[row] = found
         return found
+
+    def choice(self, row: int, uniforms: Uniforms) -> int:
+        """See compiler.drafting.Rows; takes the stream "sample"."""
+        if not self.request.sampling.sample:
+            return self.argmax(row)
+        return draw(self.distribution(row), uniforms.uniform("sample", self.position(row)))
+
+    def score(self, row: int) -> float:
+        """See compiler.drafting.Rows."""
+        assert self.judged is not None
+        return self.judged[self.first + row]
 
     def raw(self, row: int) -> Tensor:
         """Logits [1, vocabulary] as the model gave them."""

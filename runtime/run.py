@@ -180,14 +180,18 @@ def lay_out(run: Run, trees: dict[int, DraftTree] | None = None) -> Rows:
     return rows
 
 
-def verify(run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None) -> list[Decision]:
-    """Which drafted tokens stand and which token follows them, for every request in the call."""
+def verify(
+    run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None, scores: Tensor | None = None
+) -> list[Decision]:
+    """Which drafted tokens stand and which token follows them, for every request in the call; `scores` [rows, 1] are
+    what the verifier's own function says of each row of logits."""
     seconds = run.stats.mark("model")
     best = None
     top: np.ndarray | None = None
     if run.observes:
         top = run.decoder.top(logits, run.observes).cpu().numpy()
     logits = deciding_rows(run, logits).float()
+    judged = None if scores is None else deciding_rows(run, scores)[:, 0].tolist()
     if run.plain:
         best = argmax_rows(logits)
     run.target_seconds = seconds + run.stats.mark("model")
@@ -205,7 +209,7 @@ def verify(run: Run, logits: Tensor, trees: dict[int, DraftTree] | None = None) 
             if request.fed + span.rows < request.context.prompt_length:
                 decisions.append(Decision(span, None, None))
                 continue
-        view = TargetRows(request, tree or DraftTree(), logits, place - (tree is None), best)
+        view = TargetRows(request, tree or DraftTree(), logits, place - (tree is None), best, judged)
         path, token = run.verifier.verify(view.tree, view, request.sampling.uniforms, len(request.context.tokens))
         seen = None
         if top is not None:

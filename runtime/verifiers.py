@@ -10,6 +10,8 @@ import numpy as np
 
 from graft.compiler.drafting import ROOT, DraftKind, DraftTree, Rows, Uniforms, Verifier
 from graft.compiler.errors import GenerationError, PlanError
+from graft.compiler.passing import Pass
+from graft.passes.judge_head import JudgeHead
 
 ALL_KINDS: frozenset[DraftKind] = frozenset(get_args(DraftKind))
 
@@ -179,6 +181,50 @@ class LossyTypical(Verifier):
                 reached[node] = depth + 1, score + float(np.log(p[token]))
         last = max(reached, key=lambda node: reached[node])
         return tree.path(last), rows.argmax(last + 1)
+
+
+@dataclass(frozen=True)
+class LossyJudge(Verifier):
+    """LOSSY: Judge Decoding (2501.19309). The output does not keep the target's distribution.
+
+    A drafted token stands if plain decoding would choose it, or if a trained head on the target's hidden state at that
+    token gives it more than `threshold`. The path follows plain decoding's choice while the tree holds it, else the
+    child that the head likes best. Behind the last one stands plain decoding's choice, greedy or sampled.
+    """
+
+    folder: str
+    """What `train-heads --kind judge` wrote."""
+    threshold: float = 0.5
+    """1 accepts what plain decoding chooses alone."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold <= 1.0:
+            raise PlanError(
+                "the threshold of a judge is out of range",
+                expected="a probability",
+                found=self.threshold,
+                where="LossyJudge.threshold",
+            )
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """See `Verifier.passes`."""
+        return (JudgeHead(self.folder),)
+
+    def verify(self, tree: DraftTree, rows: Rows, uniforms: Uniforms, position: int) -> tuple[list[int], int]:
+        """See `Verifier.verify`; takes the stream "sample"."""
+        children = tree.children()
+        path: list[int] = []
+        node = ROOT
+        while True:
+            token = rows.choice(node + 1, uniforms)
+            below = children.get(node, [])
+            matching = [child for child in below if tree.tokens[child] == token]
+            liked = [child for child in below if rows.score(child + 1) > self.threshold] if not matching else []
+            if not matching and not liked:
+                return path, token
+            node = matching[0] if matching else max(liked, key=lambda child: rows.score(child + 1))
+            path.append(node)
 
 
 def default_verifier(*, sampling: bool) -> Verifier:

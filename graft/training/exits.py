@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, silu
+from torch import Tensor, fx
+from torch.nn.functional import cross_entropy, linear, silu
 
 from graft.compiled import CompiledModel
 from graft.compiler.canonical import ATTENTION, aten
@@ -24,6 +24,7 @@ from graft.passes.early_exit import check_exit
 from graft.passes.exit_adapter import ADAPTER_FORMAT, ADAPTER_WEIGHTS, adapter_parts
 from graft.passes.exit_classifier import CLASSIFIER_FORMAT, CLASSIFIER_WEIGHTS
 from graft.training.features import Sample
+from graft.training.lines import OwnParameters, TrainedLine
 from graft.training.options import TrainOptions
 from graft.training.steps import Figures
 from graft.training.trainees import tables
@@ -124,23 +125,6 @@ class ExitGuess:
         """bool [tokens]: whether the best token here is the target's."""
         early = linear(self.normed(batch) if normed is None else normed, self.unembedding).argmax(-1)
         return early == torch.cat([one.labels[:, 0] for one in batch]).to(early.device)
-
-
-class OwnParameters(nn.Module):
-    """Parameters by the names of a folder."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        held = {name.replace(".", "/"): tensor.detach().float().clone() for name, tensor in tensors.items()}
-        self.tensors = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in held.items()})
-
-    def __getitem__(self, name: str) -> Tensor:
-        """One of them."""
-        return self.tensors[name.replace(".", "/")]
-
-    def named(self) -> dict[str, Tensor]:
-        """Parameters by their names in a folder."""
-        return {name.replace("/", "."): parameter.detach() for name, parameter in self.tensors.items()}
 
 
 class TrainedAdapter:
@@ -263,7 +247,7 @@ class TrainedAcceptance:
         return {"format": ACCEPTANCE_FORMAT, **about}, tensors
 
 
-class TrainedClassifier:
+class TrainedClassifier(TrainedLine):
     """An exit classifier (CALM, 2207.07061): whether the best token at the exit is the target's best one.
 
     A line over the final norm of the stream, and binary cross entropy; the paper trains one for all layers together
@@ -271,45 +255,21 @@ class TrainedClassifier:
     """
 
     file = CLASSIFIER_WEIGHTS
+    names = ("right_at_exit", "exits")
 
     def __init__(self, compiled: CompiledModel, options: TrainOptions) -> None:
-        self.options, self.exit = options, ExitGuess(compiled, options.layer)
-        matrix = self.exit.unembedding
-        self.network = OwnParameters({"weight": torch.zeros(1, matrix.shape[1]), "bias": torch.zeros(1)})
-        self.network.to(matrix.device)
+        super().__init__(compiled, options)
+        self.exit = ExitGuess(compiled, options.layer)
 
-    def answers(self, batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """[tokens] each: the classifier's logit, and whether it was right to exit."""
+    def rows(self, batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """See `TrainedLine.rows`: the norm at the exit, and whether it was right to exit."""
         normed = self.exit.normed(batch)
-        return linear(normed, self.network["weight"], self.network["bias"])[:, 0], self.exit.right(batch, normed)
+        return normed, self.exit.right(batch, normed)
 
-    def losses(self, batch: Sequence[Sample]) -> list[Tensor]:
-        """See `Trainee.losses`."""
-        found, right = self.answers(batch)
-        return [binary_cross_entropy_with_logits(found, right.float())]
-
-    @torch.no_grad()
-    def measure(self, held: Iterable[Sequence[Sample]]) -> Figures:
-        """See `Trainee.measure`; "precision" is how often an exit at a probability above one half is right."""
-        loss, found, right = 0.0, list[Tensor](), list[Tensor]()
-        for batch in held:
-            loss += float(self.losses(batch)[0]) * sum(len(one.tokens) for one in batch)
-            for one in batch:
-                scores, truth = self.answers([one])
-                found.append(scores.cpu() > 0)
-                right.append(truth.cpu())
-        exits, truth = torch.cat(found), torch.cat(right)
-        count = max(len(truth), 1)
-        return {
-            "places": count,
-            "loss": loss / count,
-            "right_at_exit": round(float(truth.sum()) / count, 4),
-            "exits": round(float(exits.sum()) / count, 4),
-            "precision": round(float((exits & truth).sum()) / max(float(exits.sum()), 1.0), 4),
-            "tokens_per_step": 1.0,
-        }
+    def tokens_per_step(self, said: Tensor) -> float:
+        """An exit saves layers, and gives no more tokens."""
+        return 1.0
 
     def finished(self, best: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Trainee.finished`."""
-        tensors = {name: tensor.to("cpu", self.exit.dtype).contiguous() for name, tensor in best.items()}
-        return {"format": CLASSIFIER_FORMAT, "layer": self.options.layer}, tensors
+        return {"format": CLASSIFIER_FORMAT, "layer": self.options.layer}, self.tensors(best)

@@ -49,11 +49,11 @@ class Sample:
     """One sequence of a shard."""
 
     tokens: Tensor
-    """int64 [length]."""
+    """int64 [length]: the text; for a judge the tokens that are judged."""
     hidden: Tensor
     """[length, width]: the final hidden states, or the stream at an exit."""
     labels: Tensor
-    """int64 [length, k]: the target's likeliest next tokens, best first."""
+    """int64 [length, k]: the target's likeliest next tokens, best first; for a judge [length, 1], 1 or 0."""
     shares: Tensor
     """float32 [length, k]: their probabilities, of the whole vocabulary."""
 
@@ -217,7 +217,7 @@ class Shards:
         if not file.is_file():
             parts = [run(tokens) for tokens in held]
             joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            joined["lengths"] = torch.tensor([len(tokens) for tokens in held])
+            joined["lengths"] = torch.tensor([len(part["tokens"]) for part in parts])
             temporary = file.with_suffix(".part")
             save_file(joined, temporary)
             temporary.replace(file)

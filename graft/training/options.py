@@ -8,8 +8,12 @@ from typing import Literal, get_args
 from graft.compiler.errors import PlanError
 from graft.passes.heads.config import Unembedding
 
-Kind = Literal["hydra", "medusa", "kangaroo", "acceptance", "exit-classifier"]
-"""Heads, Kangaroo's adapter, SpecDec++'s head for `LayerSkip`, or a classifier for `ConfidenceExit`."""
+Kind = Literal["hydra", "medusa", "kangaroo", "acceptance", "exit-classifier", "judge"]
+"""Heads, Kangaroo's adapter, SpecDec++'s head for `LayerSkip`, a classifier for `ConfidenceExit`, or a head for
+`LossyJudge`."""
+
+RUN = 4
+"""A judge's label: so many equal tokens in a row are a text come back to."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class TrainOptions:
     new_tokens: int = 256
     """Tokens that the target writes behind a prompt."""
     labels: int = 32
-    """Tokens of the target's distribution that are kept at each position."""
+    """Tokens of the target's distribution that are kept at each position; a judge's are drawn from so many."""
+    ahead: int = 16
+    """Judge: a token may stand if the target comes back to the text within so many tokens."""
     batch: int = 2048
-    """Tokens of a training step."""
+    """Tokens of a training step; of a judge the judged ones."""
     epochs: int = 10
     rate: float = 1e-3
     """Learning rate, reached after 5 % of all steps and falling to 10 % of itself as a cosine."""
@@ -53,13 +59,14 @@ class TrainOptions:
         counts = (self.heads, self.layers, self.new_tokens, self.labels, self.batch, self.epochs, self.patience)
         right = min(counts) >= 1 and self.length > self.heads + 1 and 0 < self.held_out < 1 and self.vocabulary >= 0
         right &= self.unembedding in ("target", "shared") and self.rate > 0 and 0 < self.decay <= 1
+        right &= self.ahead >= RUN
         right &= self.kind in get_args(Kind) and (self.kind == "hydra" or not self.prefix) and self.layer >= 1
         if not right:
             raise PlanError(
                 "the options of training are not right",
                 expected="counts of 1 or more, sequences longer than the heads reach, held_out between 0 and 1, "
                 "an unembedding that is the target's or shared, a prefix layer for hydra alone, "
-                "layers in front of an exit",
+                f"layers in front of an exit, ahead {RUN} or more",
                 found=self,
                 where="TrainOptions",
             )

@@ -20,6 +20,7 @@ from graft.compiler.errors import CheckpointError
 from graft.passes.heads.dialects import CONFIG
 from graft.training.exits import Exit, TrainedAcceptance, TrainedAdapter, TrainedClassifier
 from graft.training.features import Sample, Shards, Texts, compute, replace_text, sequences
+from graft.training.lines import TrainedJudge, places
 from graft.training.options import TrainOptions
 from graft.training.steps import Figures, batches
 from graft.training.trainees import TrainedHeads, Trainee
@@ -40,8 +41,8 @@ def train_heads(
     say: Say | None = None,
 ) -> dict[str, Any]:
     """Train what `options.kind` names for a compiled model on `texts` and write it to `folder`: for
-    `graft.Heads(folder)`, `graft.Kangaroo(folder, layer)`, `graft.LayerSkip(layer, acceptance=folder)` or
-    `graft.ConfidenceExit(layer, threshold, folder)`.
+    `graft.Heads(folder)`, `graft.Kangaroo(folder, layer)`, `graft.LayerSkip(layer, acceptance=folder)`,
+    `graft.ConfidenceExit(layer, threshold, folder)` or `graft.LossyJudge(folder)`.
 
     `compiled` must be the target without approximations, with its parameters (compiled without `release`); training
     runs on its device. `name` says in the result which model they are for. Interrupted, the same call goes on where it
@@ -56,11 +57,7 @@ def train_heads(
     work = claim(folder, settings(compiled, texts, options))
     shards = Shards(work)
     found = sequences(compiled, texts, work, options.length, options.new_tokens)
-    count = min(options.labels, compiled.decoder.vocabulary)
-    on_heads = options.kind in ("hydra", "medusa")
-    stream = None if on_heads else Exit(compiled, options.layer).stream
-    features = lambda one: compute(compiled, one, count, stream)  # noqa: E731
-    shards.build(found, features, lambda done: say(f"hidden states of {done} tokens"))
+    shards.build(found, features(compiled, options), lambda done: say(f"hidden states of {done} tokens"))
     run = Run(compiled, shards, options, work)
     run.resume()
     figures = run.train(say)
@@ -99,6 +96,15 @@ def claim(folder: Path, wanted: str) -> Path:
     return work
 
 
+def features(compiled: CompiledModel, options: TrainOptions) -> Callable[[list[int]], dict[str, Tensor]]:
+    """What makes a text into what the kind is trained on."""
+    if options.kind == "judge":
+        return lambda one: places(compiled, one, options)
+    count = min(options.labels, compiled.decoder.vocabulary)
+    stream = None if options.kind in ("hydra", "medusa") else Exit(compiled, options.layer).stream
+    return lambda one: compute(compiled, one, count, stream)
+
+
 def trainee(compiled: CompiledModel, shards: Shards, options: TrainOptions) -> Trainee:
     """What the options name."""
     if options.kind == "kangaroo":
@@ -107,6 +113,8 @@ def trainee(compiled: CompiledModel, shards: Shards, options: TrainOptions) -> T
         return TrainedAcceptance(compiled, options)
     if options.kind == "exit-classifier":
         return TrainedClassifier(compiled, options)
+    if options.kind == "judge":
+        return TrainedJudge(compiled, options)
     return TrainedHeads(compiled, shards, options)
 
 
@@ -132,7 +140,7 @@ class Run:
         """Those of a shard that are trained on, or those that are measured on."""
         first = sum((self.shards.sizes or [])[:number])
         found = enumerate(self.shards.read(number), first)
-        return [one for place, one in found if (place in self.held_out) is held_out]
+        return [one for place, one in found if (place in self.held_out) is held_out and len(one.tokens)]
 
     def train(self, say: Say) -> Figures:
         """All epochs that are left, or until measurements no longer improve; the figures of the best one."""

@@ -9,10 +9,12 @@ from graft.compiler.acceptance import is_lossless, is_lossy
 from graft.compiler.drafting import DraftKind, Verifier
 from graft.compiler.passing import spec_name
 from graft.runtime.rejection import KSeq, RecursiveRejection
-from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyTypical, SampleAndMatch
+from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyJudge, LossyTypical, SampleAndMatch
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "how-it-works.md"
-RULES: tuple[type[Verifier], ...] = (GreedyWalk, SampleAndMatch, Leviathan, RecursiveRejection, KSeq, LossyTypical)
+RULES: tuple[type[Verifier], ...] = (
+    GreedyWalk, SampleAndMatch, Leviathan, RecursiveRejection, KSeq, LossyTypical, LossyJudge,
+)  # fmt: skip
 
 
 def cell(rule: type[Verifier], kind: DraftKind) -> str:

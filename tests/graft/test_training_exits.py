@@ -80,7 +80,7 @@ def test_the_loss_falls_and_what_comes_out_is_used(
     assert never.generate(ids, **GREEDY).equal(compiled.generate(ids, **GREEDY))
     exit_ = plan(target=[graft.EarlyExit(1)])
     assert always.generate(ids, **GREEDY).equal(exit_.generate(ids, **GREEDY))
-    with pytest.raises(graft.CheckpointError, match="not for this exit"):
+    with pytest.raises(graft.CheckpointError, match="does not fit"):
         plan(target=[graft.ConfidenceExit(2, 0.5, str(folder))])
     with pytest.raises(graft.CheckpointError, match="no exit classifier"):
         plan(target=[graft.ConfidenceExit(1, 0.5, str(tmp_path))])

@@ -50,6 +50,7 @@ OPERATORS: dict[str, Any] = {
     "relu": aten.relu.default,
     "reshape": aten.reshape.default,
     "rsqrt": aten.rsqrt.default,
+    "sigmoid": aten.sigmoid.default,
     "silu": aten.silu.default,
     "slice": aten.slice.Tensor,
     "split_with_sizes": aten.split_with_sizes.default,

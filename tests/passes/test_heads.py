@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from graft.compiler.errors import CheckpointError
+from graft.compiler.host import speculative_host
 from graft.compiler.nodes import call_nodes
 from graft.compiler.passing import Pass, View
 from graft.compiler.program import FLAT, Function, Input
-from graft.passes import acceptance_head, hydra_heads, medusa_heads
+from graft.passes import acceptance_head, hydra_heads, judge_head, medusa_heads
 from graft.passes.heads.config import HeadsConfig
 from graft.passes.hydra_heads import HydraHeads
 from graft.passes.medusa_heads import MedusaHeads
@@ -36,6 +37,7 @@ NAMES = {
 def grafted(one: Pass, name: str) -> Function:
     """The function that the pass adds to a llama."""
     program = program_of("llama").copy()
+    program.host = speculative_host()
     one.run(View(program, one.pass_name()))
     return program[name]
 
@@ -67,6 +69,19 @@ def test_the_docstring_of_the_acceptance_head_shows_what_it_does(tmp_path: Path)
     for path, short in names.items():
         found = [text.replace(f"acceptance.model.{path}", short) for text in found]
     assert [expression(node) for node in shown] == found
+
+
+def test_the_docstring_of_the_judge_head_shows_what_it_does(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1, 64), "bias": torch.zeros(1)}, tmp_path / judge_head.JUDGE_WEIGHTS)
+    (tmp_path / "config.json").write_text("{}")
+    function = grafted(judge_head.JudgeHead(str(tmp_path)), "judge")
+    rows = (*FLAT, Input("hidden", ("N", 64), torch.float32))
+    shown = Sheet(rows, {"weight": (1, 64), "bias": (1,)}).run(listings(judge_head)[1])
+    found = [expression(node).replace("judge.", "") for node in function.output.args[0]]
+    assert [expression(node) for node in shown] == found
+    with pytest.raises(CheckpointError, match="does not fit"):
+        save_file({"weight": torch.zeros(1, 32)}, tmp_path / judge_head.JUDGE_WEIGHTS)
+        grafted(judge_head.JudgeHead(str(tmp_path)), "judge")
 
 
 def test_the_target_is_left_as_it_was(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--svg", metavar="FILE", help="draw the function (forward, or --function)")
     what.add_argument("--source", action="store_true", help="the generated code of the function")
     what.add_argument("--report", action="store_true", help="what each pass did, and the predicted cost of a step")
+    what.add_argument("--losses", metavar="FILE", help="the report, what compress-kv loses added up from FILE")
     inspect.set_defaults(command=inspect_command)
 
     run = commands.add_parser("run", help="generate text")
@@ -196,6 +197,8 @@ def add_quality(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=int, metavar="N", help=help_text and f"tokens {help_text}")
     command.add_argument("--references", choices=("all", "continuation", "none"), help="see graft.quality.Options")
     command.add_argument("--json", metavar="FILE", help='write all figures; "-": print them in place of the table')
+    command.add_argument("--parts", action="store_true", help="measure the mechanisms of the plans, each alone")
+    command.add_argument("--save", metavar="FILE", help="put every KL to those in FILE, which inspect --losses adds up")
     command.add_argument("--use", action="append", default=[], metavar="FILE", help="a Python file that defines passes")
     command.add_argument("--gguf", metavar="FILE", help="a GGUF file in MODEL")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: as stored (default)")
@@ -246,6 +249,10 @@ def view(arguments: argparse.Namespace, fast: Any) -> str:
     program: Program = fast.program
     if arguments.report:
         return str(fast.report())
+    if arguments.losses:
+        from graft.quality import Losses
+
+        return str(fast.report(Losses.load(arguments.losses)))
     if arguments.source:
         return str(program[arguments.function or "forward"].source)
     found: Any

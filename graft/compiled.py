@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+    from graft.quality.losses import Losses
+
 
 def lossy_note(plan: Plan) -> str:
     """A line that says so where the plan's acceptance rule changes the output, else nothing."""
@@ -62,9 +64,14 @@ class CompiledModel:
         """Figures of the last generate(): tokens, steps, tokens per step, seconds by phase."""
         return self.generator.stats
 
-    def report(self) -> str:
+    def report(self, losses: Losses | None = None) -> str:
         """Every pass with its contract, matches, cost and check, the kernels, memory, and the figures of the last
-        generate()."""
+        generate(). With `losses` (graft.quality), what the compression of the KV cache is expected to cost, and what it
+        was measured to, if it was.
+
+        Raises PlanError for losses of another model, and where the target has no compression, or other passes than
+        they were measured with.
+        """
         decoders = [self.decoder, *self.decoder.functions.values()]
         # What several functions multiply with is packed once.
         packed = {id(one): one.nbytes for executable in self.executables for one in executable.panels.values()}
@@ -85,6 +92,7 @@ class CompiledModel:
             skips={one.function.name: one.skips for one in self.executables},
             invariant=self.decoder.executable.invariant,
             memory=memory,
+            estimate=None if losses is None else losses.estimate(self.plan, self.generator.face.config),
         )
 
     def save(self, folder: str | Path) -> None:

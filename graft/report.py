@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -14,6 +14,11 @@ from graft.codegen.skips import SkipCount
 from graft.compiler.cost import Workload, function_cost
 from graft.compiler.notation import bytes_text, count_text
 from graft.compiler.program import Function, KernelRecord, PassRecord
+from graft.compiler.spec import show
+
+if TYPE_CHECKING:
+    from graft.quality.losses import Estimate
+    from graft.quality.metrics import Interval
 
 WIDTH = 120
 ROWS = (1, 8, 16, 64)
@@ -33,16 +38,20 @@ def render_report(
     skips: Mapping[str, Sequence[SkipCount]] | None = None,
     invariant: bool | None = None,
     memory: Mapping[str, int] | None = None,
+    estimate: Estimate | None = None,
     width: int = WIDTH,
 ) -> str:
     """The report as plain text of at most `width` columns.
 
     `records` are the program's; `function` is the one whose steps are priced, `drafting` are those that draft.
-    `skips` are the guards of each function, of which those without any are left out.
+    `skips` are the guards of each function, of which those without any are left out. `estimate` is what the target's
+    compression of the KV cache is expected to lose.
     `stats` is what CompiledModel.stats holds: numbers by name, seconds under names that end in "_seconds", and under
     "drafters" numbers by name for each drafter. A list is one value for each request and is left out.
     """
     tables = [passes_table(records)] if records else []
+    if estimate is not None:
+        tables.append(losses_table(estimate))
     if function is not None:
         tables.append(cost_table(function))
         if function.kernels:
@@ -103,6 +112,24 @@ def passes_table(records: Sequence[PassRecord]) -> Table:
 def change(before: str, after: str) -> str:
     """`before -> after`, or one of them where they are the same."""
     return after if before == after else f"{before} -> {after}"
+
+
+def losses_table(estimate: Estimate) -> Table:
+    """What compressing the KV cache is expected to cost: KL of each mechanism alone, their sum, what was measured."""
+    numbers = ("KL", "95%")
+    table = new_table("Compressed KV cache, KL to the full one in nats per token", ("what", *numbers), numbers)
+    for part, alone in estimate.parts:
+        table.add_row(show(part), *interval_text(alone))
+    table.add_section()
+    table.add_row("estimated, the sum", *interval_text(estimate.total))
+    table.add_row("measured", *interval_text(estimate.measured))
+    table.caption, table.caption_justify, table.caption_style = estimate.where, "left", ""
+    return table
+
+
+def interval_text(found: Interval | None) -> tuple[str, str]:
+    """A mean and its interval; a dash where there is none."""
+    return ("-", "") if found is None else (f"{found.mean:.2g}", f"{found.low:.2g} to {found.high:.2g}")
 
 
 def cost_table(function: Function) -> Table:

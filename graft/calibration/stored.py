@@ -14,7 +14,7 @@ import torch
 from graft.compiler.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FORMAT = "graft calibration"
 SAMPLED = 64
@@ -24,7 +24,6 @@ SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What a model is known by: its shape, and a SHA-256 over names, sizes and some elements of its parameters."""
-    config = model.config.get_text_config()
     seen = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -32,7 +31,12 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         seen.update(f"{name} {tuple(parameter.shape)}".encode())
         # In bfloat16, so that a model in another dtype is the same model.
         seen.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return {**{name: getattr(config, name, None) for name in SHAPE}, "parameters": seen.hexdigest()}
+    return {**shape(model.config), "parameters": seen.hexdigest()}
+
+
+def shape(config: PretrainedConfig) -> dict[str, Any]:
+    """The part of a fingerprint that needs no parameters."""
+    return {name: getattr(config.get_text_config(), name, None) for name in SHAPE}
 
 
 def write(path: str | Path, kind: str, model: Mapping[str, Any], result: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from graft.cli import load
 from graft.compiler.errors import GraftError, PlanError
 from graft.compiler.plan import Plan
 from graft.compiler.registry import load_file
+from graft.compiler.spec import show
 from graft.progress import Progress
 from graft.quality.arms import split
+from graft.quality.losses import Losses, parts
 from graft.quality.measuring import Options, measure
 from graft.quality.texts import own_documents, read_documents
 
@@ -32,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         texts = read_documents(arguments.text, *how) if arguments.text else own_documents(*how)
         progress(f"loading {arguments.model}")
         model = load("AutoModelForCausalLM", arguments, dtype=arguments.dtype).eval()
+        kept = Losses.load(arguments.save, model) if arguments.save and Path(arguments.save).exists() else None
         found = measure(
             model, plans, texts.ids, options, tokenizer=tokenizer, backend=arguments.backend, progress=progress
         )
@@ -41,6 +45,22 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json and arguments.json != "-":
         write(Path(arguments.json), figures)
     print(figures if arguments.json == "-" else found)
+    if arguments.save:
+        sizes = {"context": options.context, "tokens": options.tokens, "documents": arguments.documents}
+        of_text = {"text": texts.source, "text_sha256": texts.digest, **sizes}
+        losses = Losses.of(found, next(iter(plans.values())), model, of_text)
+        losses = losses if kept is None else losses.beside(kept)
+        losses.save(arguments.save)
+        if arguments.json != "-":
+            print(*added_up(losses, plans), sep="\n")
+
+
+def added_up(losses: Losses, plans: dict[str, Plan]) -> Iterator[str]:
+    """A line for each plan whose loss those of its mechanisms can be added up to."""
+    for name, plan in plans.items():
+        one = losses.estimate(plan)
+        if len(one.parts) > 1 and one.total is not None and one.measured is not None:
+            yield f"{name}: KL {one.measured.mean:.3g}, that of its mechanisms together {one.total.mean:.3g}"
 
 
 def read_plans(arguments: argparse.Namespace) -> dict[str, Plan]:
@@ -58,7 +78,13 @@ def read_plans(arguments: argparse.Namespace) -> dict[str, Plan]:
         names = ", ".join(plans) or "none"
         raise PlanError("plans to measure", expected="one or more, of different names", found=names,
                         remedy="--plan FILE, or --spec TEXT")  # fmt: skip
-    return plans
+    return mechanisms(plans.values()) if arguments.parts else plans
+
+
+def mechanisms(plans: Iterable[Plan]) -> dict[str, Plan]:
+    """What the plans' compressions are made of, each alone, beside the plan's other passes."""
+    apart = [split(plan) for plan in plans]
+    return {show(part): replace(rest, target=(*rest.target, part)) for rest, change in apart for part in parts(change)}
 
 
 def write(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.codegen.huge_pages import HugePages
 from graft.compiler.errors import SaveError
 from graft.compiler.program import Function, Program
 from graft.compiler.serial import dtype_from, dtype_name
@@ -96,11 +97,14 @@ def identity(tensor: Tensor) -> tuple:
 
 
 def rebuild(
-    entries: list[Any], tensors: Mapping[str, Tensor], device: torch.device
+    entries: list[Any], tensors: dict[str, Tensor], device: torch.device
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A module that holds the parameters at their paths, those that are packed or not stored without storage; and the
-    packed ones by name. Raises SaveError where descriptions and tensors do not fit together."""
+    packed ones by name, taken out of `tensors` into large pages. Raises SaveError where descriptions and tensors do not
+    fit together."""
     module, panels = nn.Module(), dict[str, Tensor]()
+    packed = [entry["name"] for entry in entries if is_packed(entry) and entry.get("name") in tensors]
+    room = HugePages(sum(tensors[name].nbytes for name in packed), len(packed))
     made: dict[str, Tensor] = {}
     for entry in entries:
         name = take(entry, "name", str, WHERE)
@@ -113,10 +117,16 @@ def rebuild(
                 panels[name] = panels[first]
         else:
             made[name] = rebuilt(entry, name, tensors, device)
-            if entry.get("form") == "panels":
-                panels[name] = stored(name, tensors).to(device)
+            if is_packed(entry):
+                panels[name] = room.copy(stored(name, tensors))
+                del tensors[name]
         place(module, name, made[name], take(entry, "parameter", bool, name))
     return module, panels
+
+
+def is_packed(entry: Any) -> bool:
+    """Whether an entry of the description is of a parameter that is stored as panels."""
+    return isinstance(entry, dict) and entry.get("form") == "panels"
 
 
 def rebuilt(entry: Any, name: str, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graft.codegen.huge_pages import zeros
 from graft.compiler.errors import StateError
 from graft.compiler.kv.codecs import PAGE, Content
 from graft.compiler.kv.eviction import Cached
@@ -133,7 +134,7 @@ class FarTokens:
 
     def grown(self, held: Tensor, count: int) -> Tensor:
         """The pages, and empty ones behind them."""
-        new = torch.zeros(count, held.shape[1], dtype=torch.uint8, device=self.device)
+        new = zeros((count, held.shape[1]), torch.uint8, self.device)
         new[: len(held)] = held
         return new
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graft.codegen.huge_pages import zeros
 from graft.compiler.errors import StateError
 from graft.compiler.program import KVState
 from graft.runtime.kv_pages import FarTokens
@@ -228,7 +229,7 @@ class KVStore:
     def allocate(self, state: KVState, slots: int, capacity: int) -> Tensor:
         """Zeros, so that what was never written can be read without harm."""
         shape = (state.layers, slots, state.heads, capacity, state.width)
-        return torch.zeros(shape, dtype=state.dtype, device=self.device)
+        return zeros(shape, state.dtype, self.device)
 
 
 def gather(rows: Tensor, places: Sequence[int], start: int) -> None:

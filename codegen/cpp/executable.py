@@ -17,7 +17,7 @@ from graft.codegen.aten_pages import attend_pages
 from graft.codegen.aten_rows import Loose, run_rows
 from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
-from graft.codegen.cpp.memory import check_panels, pack
+from graft.codegen.cpp.memory import check_panels, pack_all
 from graft.codegen.cpp.team import Team
 from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, MatmulKernel, parameters_behind
 from graft.codegen.prediction import Prediction, cached_rates, calibrate, zero_states
@@ -156,6 +156,7 @@ class CppExecutable:
         everything constant lies."""
         held = ((attribute(self.function.weights, name), panels) for name, panels in given.items())
         packed = {parameter.data_ptr(): panels for parameter, panels in held if not parameter.is_meta}
+        self.pack_others(given, packed)
         for name, number in self.code.places.items():
             kind, _, path = name.partition(" ")
             if kind in ("weight", "bias", "table"):
@@ -163,10 +164,7 @@ class CppExecutable:
                 if kind != "weight":
                     self.point(number, parameter.contiguous())
                     continue
-                place = parameter.data_ptr()
-                if path not in given and place not in packed:
-                    packed[place] = pack(parameter)
-                self.panels[path] = given[path] if path in given else packed[place]
+                self.panels[path] = given[path] if path in given else packed[parameter.data_ptr()]
                 check_panels(self.panels[path], parameter, path)
                 self.point(number, self.panels[path])
             elif kind == "wide":
@@ -176,6 +174,14 @@ class CppExecutable:
             elif name in self.cut.constants:
                 constant = self.cut.constants[name]
                 self.point(number, constant.float() if constant.dtype == torch.bool else constant)
+
+    def pack_others(self, given: Mapping[str, Tensor], packed: dict[int, Tensor]) -> None:
+        """Add the panels of what is multiplied with and neither given nor packed, by where the parameter lies."""
+        names = (name.removeprefix("weight ") for name in self.code.places if name.startswith("weight "))
+        wanted = (attribute(self.function.weights, name).detach() for name in names if name not in given)
+        todo = {parameter.data_ptr(): parameter for parameter in wanted}
+        todo = {place: parameter for place, parameter in todo.items() if place not in packed}
+        packed |= zip(todo, pack_all(list(todo.values())), strict=True)
 
     def read_plain(self) -> set[int]:
         """See codegen.executable.Executable."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from graft.codegen.huge_pages import HugePages
 from graft.compiler.errors import LoweringError
 
 PANEL = 32
@@ -28,6 +30,14 @@ def pack(weight: Tensor) -> Tensor:
     if paired:
         return weight.view(panels, PANEL, steps // 2, 2).permute(0, 2, 1, 3).contiguous()
     return weight.view(panels, PANEL, steps).permute(0, 2, 1).contiguous()
+
+
+def pack_all(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The panels of parameters, side by side in large pages."""
+    shapes = [panel_shape(weight.shape[0], weight.shape[1], weight.dtype) for weight in weights]
+    sizes = (math.prod(shape) * weight.dtype.itemsize for shape, weight in zip(shapes, weights, strict=True))
+    room = HugePages(sum(sizes), len(weights))
+    return [room.copy(pack(weight)) for weight in weights]
 
 
 def panel_shape(out: int, depth: int, dtype: torch.dtype) -> tuple[int, ...]:

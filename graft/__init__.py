@@ -75,7 +75,7 @@ from graft.runtime.drafters.trie import Trie
 from graft.runtime.rejection import KSeq, RecursiveRejection
 from graft.runtime.tree_policies import BestFirst, Chain, ChainUntil, Fixed, StochasticBeam
 from graft.runtime.verifiers import GreedyWalk, Leviathan, LossyJudge, LossyTypical, SampleAndMatch
-from graft.training import RouterOptions, TrainOptions, train_heads, train_routers
+from graft.training import RouterOptions, TrainOptions, export_heads, train_heads, train_routers
 
 __all__ = [
     "DEL",
@@ -169,6 +169,7 @@ __all__ = [
     "calibrate_skip_ffn",
     "compile",
     "exact",
+    "export_heads",
     "load",
     "lossless",
     "new_node",

@@ -97,6 +97,13 @@ def parser() -> argparse.ArgumentParser:
     add_training(train)
     train.set_defaults(command=train_command)
 
+    export = commands.add_parser("export-heads", help="write trained Medusa heads as vLLM reads them")
+    export.add_argument("heads", metavar="HEADS", help="the folder of the heads")
+    export.add_argument("--model", required=True, help="the model that they draft for: a folder, or a name on the hub")
+    export.add_argument("--out", required=True, metavar="FOLDER", help="where to write them")
+    export.add_argument("--quiet", action="store_true", help="show no progress")
+    export.set_defaults(command=export_command, gguf=None)
+
     routers = commands.add_parser("train-routers", help="train routers that run feed-forwards in part")
     add_routers(routers)
     routers.set_defaults(command=routers_command)
@@ -231,6 +238,16 @@ def train_command(arguments: argparse.Namespace) -> None:
         fast = compile_(model.to(device), progress=progress)
         figures = train_heads(fast, texts, arguments.out, options, name=arguments.model, say=progress)
     print(json.dumps(figures, indent=2))
+
+
+def export_command(arguments: argparse.Namespace) -> None:
+    """`export-heads`: write heads in another layout."""
+    from graft.training import export_heads
+
+    with Progress(quiet=arguments.quiet) as progress:
+        progress(f"loading {arguments.model}")
+        model = load("AutoModelForCausalLM", arguments, dtype="auto")
+        print(export_heads(arguments.heads, arguments.out, model))
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import graft
-from benchmarks.record import Prompt, add_prompt_options, load_prompts, save
+from benchmarks.record import HEADS, Prompt, add_prompt_options, load_prompts, save
 from examples.smollm2 import load
 
 DRAFTERS: dict[str, list[graft.Drafter]] = {
@@ -28,6 +28,8 @@ DRAFTERS: dict[str, list[graft.Drafter]] = {
     "lookup + recycle": [graft.Lookup(), graft.Recycle()],
     "lookup + recycle, seeded": [graft.Lookup(), graft.Recycle(seed_prompt=True)],
     "lookup + recycle + trie": [graft.Lookup(), graft.Recycle(), graft.Trie()],
+    "hydra heads": [graft.Heads(HEADS)],
+    "hydra heads + lookup + recycle": [graft.Heads(HEADS), graft.Lookup(), graft.Recycle()],
 }
 
 

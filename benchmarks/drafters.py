@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import graft
-from benchmarks.record import HERE, Prompt, add_prompt_options, load_prompts, save, version
+from benchmarks.record import HEADS, Prompt, add_prompt_options, load_prompts, save, version
 from benchmarks.speed import Runs, new_tokens, order, rate, same, token_ids
 from benchmarks.systems import Graft, System, make, turn, wide_console
 from examples.smollm2 import load
@@ -28,7 +28,6 @@ from graft.compiler.host import plain_host
 from graft.compiler.program import Program
 from graft.compiling import assembled
 
-HEADS = HERE.parent / "examples" / "hydra-smollm2"
 ALWAYS = graft.FixedBudget(4)
 HYDRA = graft.Heads(HEADS)
 RECYCLE = graft.Recycle(seed_vocabulary=16384)

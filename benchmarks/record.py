@@ -18,6 +18,8 @@ import torch
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 OWN_PROMPTS = HERE / "prompts.jsonl"
+HEADS = HERE.parent / "examples" / "hydra-smollm2"
+"""Draft heads that were trained on none of the prompts whose question_id % 4 is 1."""
 SINGLE_TURN = ("translation", "summarization", "qa", "math_reasoning", "rag")
 """Spec-Bench's categories of one turn; its eight MT-Bench categories count as one, "multi_turn"."""
 

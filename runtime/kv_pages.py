@@ -183,9 +183,10 @@ class FarTokens:
         return queries.unflatten(-1, (-1, state.key_dim)).flatten(2, 3)
 
     def calibrate(self, slot: int, tail: Tensor) -> None:
-        """Choose the channels that labels are made of: those with the largest mean|k|."""
-        size = self.parts(tail)[0].float().abs().mean(2)
-        chosen = size.topk(self.channels.shape[-1], dim=-1).indices
+        """Choose the channels that labels are made of (DoubleSparsity)."""
+        keys = self.parts(tail)[0].float()
+        worth = keys.abs().mean(2) * keys.std(2, correction=0)
+        chosen = worth.topk(self.channels.shape[-1], dim=-1).indices
         self.channels[:, slot] = chosen.sort(-1).values
 
     def add(self, slot: int, rows: Tensor, queries: Tensor | None) -> None:

@@ -325,15 +325,15 @@ def attend_pages(kernel: AttendPagesKernel) -> Printed:
     page_bytes = kernel.codec.page_bytes(q.width, kernel.value_dim, kernel.kv_dtype)
     lengths, starts, pages, table, counts, *chosen = (f"argument[{5 + index}]" for index in range(len(kernel.far)))
     layer = f"argument[3] * step.call.slots * {heads}"
-    label_bytes, choice, labels, channels = 0, "Everything", "nullptr", "nullptr"
+    label_bytes, choice, limits, labels, channels = 0, "Everything", "{}", "nullptr", "nullptr"
     if kernel.selection is not None:
         one = kernel.selection
         label_bytes, width = one.label_bytes(q.width, kernel.kv_dtype), one.width(q.width)
         flags = f"{str(one.calibrates).lower()}, {str(one.bounds).lower()}"
         choice = f"Selection<{kind}, {q.width}, {one.size}, {width}, {flags}>"
+        limits = f"{{{one.ratio!r}, {one.least}, {one.first}}}"
         labels = f"step.array<uint8_t>({chosen[0]})"
         channels = f"step.array<int64_t>({chosen[1]}) + {layer} * {width}"
-    limits = f"{{{kernel.selection.ratio!r}, {kernel.selection.least}}}" if kernel.selection else "{}"
     loader = loader_type(kernel.codec, kind, q.width, kernel.value_dim)
     types = f"{kind}, {TYPES[out.dtype]}, {q.width}, {kernel.value_dim}, {kernel.width}"
     lines = [

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from graft.codegen.triton.device import KEYS, divide, opened, over_places, to_bf16, with_block
+from graft.codegen.triton.device_selection import best_units, chosen
 
 
 @triton.jit
@@ -24,8 +25,12 @@ def paged_attention(
     cut: tl.tensor,
     pages: tl.tensor,
     scales: tl.tensor,
+    numbers: tl.tensor,
     table: tl.tensor,
     count: tl.tensor,
+    labels: tl.tensor,
+    channels: tl.tensor,
+    scores: tl.tensor,
     HEADS: tl.constexpr,
     STRIDE: tl.constexpr,
     KEY: tl.constexpr,
@@ -35,38 +40,59 @@ def paged_attention(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     CODES: tl.constexpr,
+    KEPT: tl.constexpr,
+    NARROW: tl.constexpr,
+    CHOICE: tl.constexpr,
     LANES: tl.constexpr,
     KEY_LANES: tl.constexpr,
+    KEPT_LANES: tl.constexpr,
     VALUE_LANES: tl.constexpr,
 ) -> tl.tensor:
     """[LANES, VALUE_LANES] float32: attention of one row's queries over one kv head's far entries and tail.
 
     `kv` is where the head's tail starts, which holds the text from position `base` on and counts from `cut` on. `table`
     has the numbers of the pages with the `count` far entries. CODES is what `key_codes` knows of integers in pages;
-    where pages hold rows it is the elements of a page alone, and 0 where the tail's first places are far entries.
+    where pages hold rows it is the elements of a page alone, and 0 where the tail's first places are far entries. Keys
+    in pages have KEPT channels; of NARROW ones every page has the `numbers` in front. With a CHOICE
+    (device_selection.best_units) the entries are those of the units with the best `labels`.
     """
     q, top, total, gathered = opened(queries, sinks, HEADS, STRIDE, KEY, SINKS, LANES, KEY_LANES, VALUE_LANES)
-    inner, outer = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
+    lane, inner, outer = tl.arange(0, LANES), tl.arange(0, KEPT_LANES), tl.arange(0, VALUE_LANES)
+    HEAD: tl.constexpr = (KEPT + 63) // 64 * 64 if NARROW else 0
+    bar, ties = count.to(tl.int64), count * 0
+    if len(CHOICE) > 0:
+        bar, ties = best_units(queries, labels, channels, table, count, scores, HEADS, STRIDE, KEY, CHOICE)
     for start in range(0, count, KEYS):
         entry = tl.arange(0, KEYS)
         seen = start + entry < count
-        real, valid = seen[:, None] & (inner < KEY)[None, :], seen[:, None] & (outer < VALUE)[None, :]
-        number = tl.load(table + start // KEYS).to(tl.int64)
-        if len(CODES) > 1:
-            page, halves = pages + number * CODES[0], scales + number * (CODES[0] // 2)
-            keys = key_codes(page, halves, entry[:, None], inner[None, :], real, KEY, CODES)
-            values = value_codes(page, halves, entry[:, None], outer[None, :], valid, VALUE, CODES)
-            if q.dtype == tl.bfloat16:
-                keys, values = to_bf16(keys), to_bf16(values)
-            keys, values = keys.to(q.dtype), values.to(q.dtype)
-        else:
-            if CODES[0] == 0:
-                token = kv + (start + entry).to(tl.int64)[:, None] * WIDTH
+        if len(CHOICE) > 0:
+            seen, ties = chosen(scores, start + entry, count, bar, ties, CHOICE)
+        if tl.max(seen.to(tl.int32), 0) > 0:
+            real, valid = seen[:, None] & (inner < KEPT)[None, :], seen[:, None] & (outer < VALUE)[None, :]
+            number = tl.load(table + start // KEYS).to(tl.int64)
+            if len(CODES) > 1:
+                page, halves = pages + number * CODES[0] + HEAD, scales + (number * CODES[0] + HEAD) // 2
+                keys = key_codes(page, halves, entry[:, None], inner[None, :], real, KEPT, CODES)
+                values = value_codes(page, halves, entry[:, None], outer[None, :], valid, VALUE, CODES)
+                if q.dtype == tl.bfloat16:
+                    keys, values = to_bf16(keys), to_bf16(values)
+                keys, values = keys.to(q.dtype), values.to(q.dtype)
             else:
-                token = pages + number * CODES[0] + entry[:, None] * (KEY + VALUE)
-            keys = tl.load(token + inner[None, :], mask=real, other=0.0)
-            values = tl.load(token + KEY + outer[None, :], mask=valid, other=0.0)
-        top, total, gathered = with_block(q, keys, values, seen, top, total, gathered, SCALE, SOFTCAP)
+                if CODES[0] == 0:
+                    token = kv + (start + entry).to(tl.int64)[:, None] * WIDTH
+                else:
+                    rows_at = HEAD * 8 // q.dtype.primitive_bitwidth
+                    token = pages + number * CODES[0] + rows_at + entry[:, None] * (KEPT + VALUE)
+                keys = tl.load(token + inner[None, :], mask=real, other=0.0)
+                values = tl.load(token + KEPT + outer[None, :], mask=valid, other=0.0)
+            if NARROW:
+                size: tl.constexpr = CODES[0] if len(CODES) > 1 else CODES[0] * q.dtype.primitive_bitwidth // 8
+                channel = tl.load(numbers + number * size + inner, mask=inner < KEPT, other=0).to(tl.int32)
+                some = (lane < HEADS)[:, None] & (inner < KEPT)[None, :]
+                own = tl.load(queries + lane[:, None] * STRIDE + channel[None, :], mask=some, other=0.0)
+            else:
+                own = q
+            top, total, gathered = with_block(own, keys, values, seen, top, total, gathered, SCALE, SOFTCAP)
     top, total, gathered = over_places(
         q, kv - base * WIDTH, cut, row, position, plain, place, above, rows, levels, top, total, gathered,
         KEY, VALUE, WIDTH, SCALE, SOFTCAP, KEY_LANES, VALUE_LANES,

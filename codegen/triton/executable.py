@@ -27,7 +27,8 @@ from graft.codegen.triton.layout import lay_out, levels_of
 from graft.codegen.triton.library import Launch, load, print_code
 from graft.codegen.triton.pages import views_of
 from graft.compiler.errors import LoweringError
-from graft.compiler.program import Function, KernelRecord
+from graft.compiler.kv.codecs import PAGE
+from graft.compiler.program import Function, KernelRecord, KVState
 from graft.compiler.shapes import attribute
 
 ABSENT = {"sequences": -1, "parents": -1}
@@ -46,6 +47,8 @@ class Bucket:
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
     layout: dict[str, Tensor]
+    room: list[Tensor]
+    """What kernels need for themselves beside the arena."""
     segments: list[tuple[bool, list[Step]]]
     """Steps in order; true for those that launch kernels and so can be a CUDA graph."""
     loose: Loose = field(default_factory=dict)
@@ -203,6 +206,7 @@ class TritonExecutable:
         named |= {f"rows {kind}": size for kind, size in sizes.items()}
         named |= {name: self.stored(name, self.arrays[name]) for name in self.offsets}
         named["scratch"] = self.arena[self.scratch_at * self.rows :].view(torch.float32)
+        room: list[Tensor] = []
         for number, state in enumerate(self.function.states):
             tensor = stored[state.name]
             named[f"state {number}"], named[f"capacity {number}"] = tensor, tensor.shape[3]
@@ -211,13 +215,15 @@ class TritonExecutable:
                 table, counts = (stored[f"{state.name}_{name}"] for name in ("table", "counts"))
                 named |= views_of(f"{state.name}_pages", stored[f"{state.name}_pages"], state.dtype)
                 named[f"pages {number}"] = table.shape[3]
+                named |= self.selecting(number, state, stored, sizes["N"])
+                room += [named[f"scores {number}"]] if state.pages.selection is not None else []
                 for layer in range(state.layers):
                     named[f"{state.name}_table {layer}"] = table[layer]
                     named[f"{state.name}_counts {layer}"] = counts[layer]
         named |= stored
         layout = {name: torch.empty_like(value) for name, value in self.lay_out(inputs).items()}
         named |= {f"layout {name}": value for name, value in layout.items()}
-        bucket = Bucket(inputs, outputs, layout, [])
+        bucket = Bucket(inputs, outputs, layout, room, [])
         first: list[Step] = [partial(self.refresh, layout, inputs)]
         bucket.segments.append((True, first))
         for ours, group in groupby(self.code.steps, lambda step: isinstance(step, Launch)):
@@ -230,6 +236,17 @@ class TritonExecutable:
             else:
                 bucket.segments.append((ours, steps))
         return bucket
+
+    def selecting(self, number: int, state: KVState, stored: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+        """What kernels that choose among a state's far entries read, and room for the scores of every row."""
+        if state.pages is None or state.pages.selection is None:
+            return {}
+        labels, channels, table = (stored[f"{state.name}_{name}"] for name in ("labels", "channels", "table"))
+        units = PAGE // state.pages.selection.size
+        found = views_of(f"{state.name}_labels", labels, state.dtype)
+        found |= {f"{state.name}_channels {layer}": channels[layer] for layer in range(state.layers)}
+        scores = torch.empty(rows * state.heads * table.shape[3] * units, dtype=torch.int32, device=self.device)
+        return found | {f"scores {number}": scores}
 
     @property
     def rows(self) -> int:

@@ -29,6 +29,9 @@ class Selection(ABC):
     """So many far tokens at least, where there are as many."""
     dense_layers: int = 2
     """So many attention layers in front read everything."""
+    sinks: int = 4
+    """Tokens at the start of a text whose units are read whatever their labels promise: much of a head's attention goes
+    there (2309.17453), and a label that stands for several tokens may not show it."""
 
     calibrates: ClassVar[bool] = False
     """Whether labels are made of a few channels, which are chosen for every sequence when its first page is made."""
@@ -36,10 +39,10 @@ class Selection(ABC):
     """Whether a label is the largest of every channel and then the smallest, rather than one vector."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1 or self.least < 1 or self.dense_layers < 0 or PAGE % self.size:
+        if not 0 < self.ratio <= 1 or self.least < 1 or min(self.dense_layers, self.sinks) < 0 or PAGE % self.size:
             raise PlanError(
                 "a selection has options that there are not",
-                expected="ratio in (0, 1], least of 1 or more, a unit that divides 64",
+                expected="ratio in (0, 1], least of 1 or more, sinks of 0 or more, a unit that divides 64",
                 found=self,
             )
 
@@ -65,6 +68,11 @@ class Selection(ABC):
         there = -(-count // self.size)
         return min(there, max(-(-self.least // self.size), -(-int(there * self.ratio * 2**20) // 2**20)))
 
+    @property
+    def first(self) -> int:
+        """How many units hold the sinks."""
+        return -(-self.sinks // self.size)
+
     def scores(self, queries: Tensor, labels: Tensor, channels: Tensor) -> Tensor:
         """float [kv heads, rows, units]: what the units promise; queries [kv heads, group, rows, key dim], labels [kv
         heads, units, width], channels [kv heads, width] where it calibrates."""
@@ -79,7 +87,8 @@ class Selection(ABC):
 
     def chosen(self, queries: Tensor, labels: Tensor, channels: Tensor, count: int) -> Tensor:
         """bool [kv heads, rows, count]: the far tokens that rows read; of equal units the first."""
-        found = self.scores(queries, labels, channels)[..., : -(-count // self.size)]
+        found = self.scores(queries, labels, channels)[..., : -(-count // self.size)].clone()
+        found[..., : self.first] = torch.inf
         order = found.argsort(dim=-1, descending=True, stable=True)[..., : self.units(count)]
         read = torch.zeros_like(found, dtype=torch.bool).scatter(-1, order, True)
         return read.repeat_interleave(self.size, dim=-1)[..., :count]
@@ -89,10 +98,11 @@ class Selection(ABC):
 class DoubleSparsity(Selection):
     """Single tokens by a few channels of their keys (Double Sparsity, 2408.07092).
 
-    The paper calibrates channels offline, by queries, keys or both; here they are those with the largest mean|k| over
-    the sequence's first tail, for every layer and kv head: on SmolLM2 better than mean|q| * mean|k| there (KL 0.0071
-    against 0.0133, an eighth of 2,048 tokens), and the cache need not keep queries for it. The first two layers read
-    everything, as in the paper's code.
+    The paper calibrates channels offline, by queries, keys or both; here they are those with the largest mean|k| * std
+    k over the sequence's first tail, for every layer and kv head: channels that count in every score and tell tokens
+    apart, for which the cache need not keep queries. On SmolLM2, an eighth of 4,096 tokens, that is better than mean|k|
+    (KL 0.0081 against 0.0094, 16 of 16 passkeys against 13) and than std k alone (0.32); on 2,048 tokens mean|k| was
+    better than mean|q| * mean|k| (0.0071 against 0.0133). The first two layers read everything, as in the paper's code.
     """
 
     channels: float = 0.25

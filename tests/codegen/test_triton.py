@@ -12,9 +12,9 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ from graft.codegen.triton.rows import BLOCK, SPELLING, print_rows
 from graft.compiler.canonical import aten
 from graft.compiler.capture import capture
 from graft.compiler.errors import LoweringError
-from graft.compiler.kv.codecs import Affine, DensePages, InPlace, KeyChannels
-from graft.compiler.kv.selection import DoubleSparsity
+from graft.compiler.kv.codecs import Affine, Codec, Content, DensePages, InPlace, KeyChannels
+from graft.compiler.kv.selection import DoubleSparsity, PageBounds, PageMeans
 from graft.compiler.ops import ancestry, row_places
 from graft.compiler.passing import View
 from graft.compiler.program import DENSE, Function, Program
@@ -239,8 +239,27 @@ PAGED = (
     Case(Affine(), key_dim=32, value_dim=32, group=1, softcap=20.0),
     Case(Affine(2, 8, "token", 16, 16), dtype=torch.bfloat16, key_dim=32, value_dim=48),
     Case(InPlace(), DoubleSparsity(0.5, dense_layers=3), key_dim=32, value_dim=32),
+    Case(KeyChannels(0.4), DoubleSparsity(0.3, least=16), dtype=torch.bfloat16, key_dim=48, value_dim=32),
+    Case(KeyChannels(0.5, Affine()), PageMeans(0.3, least=16), key_dim=32, value_dim=32),
+    Case(Affine(), PageBounds(0.3, least=16, unit=4), key_dim=16, value_dim=16, group=4),
     Case(Unread(), key_dim=32, value_dim=32),
 )
+
+
+@dataclass(frozen=True)
+class Foreign(Codec):
+    """A codec with a loader for generated C++ alone."""
+
+    loader: ClassVar[str] = "Foreign"
+
+    def page_bytes(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+        return DensePages().page_bytes(key_dim, value_dim, dtype)
+
+    def encode(self, content: Content) -> Tensor:
+        return DensePages().encode(content)
+
+    def decode(self, pages: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return DensePages().decode(pages, key_dim, value_dim, dtype)
 
 
 def measure_pages() -> dict[str, float]:
@@ -465,9 +484,9 @@ def test_a_model_on_the_cpu_is_refused() -> None:
 
 
 def test_pages_without_a_kernel_are_refused() -> None:
-    for case in (Case(KeyChannels(0.5), queries=True), Case(InPlace(), DoubleSparsity(0.5))):
+    for codec in (Foreign(), KeyChannels(0.5, Foreign())):
         with pytest.raises(LoweringError, match="no Triton kernel for these pages"):
-            print_code(cut(case.function()).kernels)
+            print_code(cut(Case(codec).function()).kernels)
 
 
 def test_float64_is_refused() -> None:

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -140,6 +141,20 @@ def test_h2o_keeps_what_transformers_attention_weights_add_up_to() -> None:
             best = {*range(4), *range(121, 128), *(4 + mass[head, 4:121].topk(17).indices).tolist()}
             assert set(positions[layer, head].tolist()) == best
     made.decoder.close(slot)
+
+
+def test_labels_are_of_channels_that_are_large_and_tell_tokens_apart() -> None:
+    states = compiled(SINGLE).decoder.store.states
+    far = FarTokens(states[0], torch.device("cpu"))
+    far.resize(2)
+    keys = torch.randn(3, 3, 128, 16, generator=torch.Generator().manual_seed(3))
+    size, spread = torch.rand(2, 3, 3, 1, 16, generator=torch.Generator().manual_seed(4))
+    keys = 4 * size + spread * keys
+    keys[..., 5] = 100.0  # every token's, so it says nothing of one
+    far.calibrate(1, torch.cat([keys, keys], dim=-1))
+    worth = torch.from_numpy(np.abs(keys.numpy()).mean(2) * keys.double().numpy().std(2))
+    assert far.channels[:, 1].tolist() == worth.argsort(-1, descending=True)[..., :4].sort(-1).values.tolist()
+    assert not (far.channels[:, 1] == 5).any() and not far.channels[:, 0].any()
 
 
 def test_heads_with_larger_scores_keep_more_and_none_less_than_its_floor() -> None:

@@ -109,6 +109,7 @@ template <class T, int KD, int SIZE, int WIDTH, bool CALIBRATES, bool BOUNDS> st
 
     double ratio;
     int64_t fewest;  // entries
+    int64_t first;   // units that are read whatever they promise
 
     static int64_t units_of(int64_t count) { return (count + SIZE - 1) / SIZE; }
     int64_t units(int64_t count) const {
@@ -128,6 +129,7 @@ template <class T, int KD, int SIZE, int WIDTH, bool CALIBRATES, bool BOUNDS> st
             score((const T*)(labels + far.table[page] * label_bytes), factors, group, chosen.scores + page * UNITS);
         }
         delete[] factors;
+        for (int64_t unit = 0; unit < least(first, units_of(far.count)); ++unit) chosen.scores[unit] = INFINITY;
         chosen.count = 0;
         largest(chosen.scores, chosen.high, units_of(far.count), units(far.count), [&](int64_t unit) {
             for (int64_t entry = unit * SIZE; entry < least((unit + 1) * SIZE, far.count); ++entry)

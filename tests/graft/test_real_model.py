@@ -120,17 +120,3 @@ def test_speculation_in_bfloat16_gives_the_ids_of_plain_decoding(smollm2: RealMo
     for row, text in zip(together, alone, strict=True):
         assert row[: text.shape[1]].tolist() == text[0].tolist()
     assert fast.stats["tokens_per_step"] > 1.2
-
-
-def test_a_draft_model_changes_nothing(smollm2: RealModel, expected: Expected) -> None:
-    # The model with a third of its feed-forwards dropped drafts for itself.
-    dropped = tuple(range(5, 25, 2))
-    small = graft.compile(smollm2.model, graft.Plan(target=[graft.DropBlock(dropped, "feed-forward")]))
-    plan = graft.Plan(
-        draft=[graft.DraftModel(small)], tree=graft.Tree(nodes=3, policy=graft.Chain()), controller=graft.FixedBudget()
-    )
-    fast = graft.compile(smollm2.model, plan)
-    ids, mask = expected.ids[:BATCH], expected.mask[:BATCH]
-    out = fast.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
-    assert out[:, ids.shape[1] :].tolist() == [text[:24] for text in expected.texts[:BATCH]]
-    assert fast.stats["accepted"] > 0

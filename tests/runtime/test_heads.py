@@ -15,7 +15,6 @@ from graft.compiler.drafting import ROOT, Context, DraftTree, Outcome
 from graft.passes.heads.config import HeadsConfig
 from graft.runtime.drafters.heads import HeadsDrafting, SequentialHeads
 from graft.runtime.tree_policies import Fixed
-from tests.conftest import Prompt, RealModel
 from tests.families import VOCABULARY, build
 from tests.heads import HYDRA, MEDUSA, PREFIXED, SMALL, random_tensors, reference_logits, reference_prefix, write
 
@@ -217,25 +216,6 @@ def test_sampling_is_the_targets_own(made: Made) -> None:
     options = OPTIONS | {"do_sample": True, "temperature": 0.8, "seed": 3}
     plain = graft.compile(made.model, graft.Plan(sample=[range(3, 9)]), backend="aten")
     assert made.fast.generate(IDS[:1], **options).equal(plain.generate(IDS[:1], **options))
-
-
-@pytest.mark.real
-def test_the_real_models_greedy_text_stays_with_heads_and_tables_in_one_tree(
-    smollm2: RealModel, prompts: list[Prompt], tmp_path: Path
-) -> None:
-    """Untrained heads, which are right by chance alone, over a reduced vocabulary."""
-    model, tokenizer = smollm2.model, smollm2.tokenizer
-    config = HeadsConfig("hydra", 2, model.config.hidden_size, 2048, unembedding="target", reduced=True)
-    fast = graft.compile(model, plan(write(tmp_path / "heads", config), graft.Lookup(), graft.Recycle()))
-    assert [len(function.kernels) > 0 for function in fast.program.functions.values()] == [True] * 3
-    for prompt in sorted(prompts, key=lambda one: len(one.turns[0]))[:3]:
-        message = [{"role": "user", "content": prompt.turns[0]}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
-        assert fast.generate(**inputs, **options).equal(model.generate(**inputs, **options))
-        assert fast.stats["drafted"] > 0
 
 
 def test_heads_that_the_model_was_not_compiled_with_are_refused(made: Made) -> None:

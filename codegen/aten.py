@@ -179,6 +179,9 @@ class AtenExecutable:
             found.append(SkipCount(one.name, one.regions, weights, *counts))
         return tuple(found)
 
+    def share_threads(self, beside: object) -> None:
+        """See codegen.executable.Executable: torch's threads are shared by all."""
+
     def forget_skips(self) -> None:
         """See codegen.executable.Executable."""
         self.skipped.zero_()

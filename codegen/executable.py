@@ -28,6 +28,10 @@ class Executable(Protocol):
         """int64 [rows, count]: the ids of the best of float32 [rows, vocabulary], best first, of equals the lowest id;
         None where it has no code for them."""
 
+    def share_threads(self, beside: Executable) -> None:
+        """Work from now on with the threads of another function, which runs before or after this one and never at the
+        same time. Nothing where the two have no threads of one number in common."""
+
     @property
     def invariant(self) -> bool:
         """Whether a row's result is the same, bit for bit, whatever other rows ride along."""

@@ -88,6 +88,11 @@ class Decoder:
         self.hidden: Tensor | None = None
         """[rows, width]: the second result of the latest call, of a target the final hidden states of every row."""
 
+    def share_threads(self, beside: Decoder) -> None:
+        """Let this model and what drafts for it work with another's threads, whose calls alternate with its own."""
+        for one in (self, *self.functions.values()):
+            one.executable.share_threads(beside.executable)
+
     def open(self, prompt: int = 0) -> int:
         """A free slot for a new sequence, whose prompt has so many tokens if that is known."""
         return self.store.open(prompt)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 
@@ -130,7 +131,7 @@ class CppExecutable:
             for spec, width in zip(self.function.row_inputs, widths, strict=True)
         ]
         measured = []
-        with self.team.lock, torch.inference_mode():
+        with self.at_work(), torch.inference_mode():
             try:
                 for _ in range(PROFILED_STEPS):
                     self.seconds = np.zeros(len(self.schedule) // 2)
@@ -208,10 +209,26 @@ class CppExecutable:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See codegen.executable.Executable."""
-        self.team.check()
-        with self.team.lock:
+        with self.at_work():
             count = len(self.inputs)
             return self.run((*(one.contiguous() for one in inputs[:count]), *inputs[count:]))
+
+    def share_threads(self, beside: object) -> None:
+        """See codegen.executable.Executable."""
+        if isinstance(beside, CppExecutable) and beside.team.wanted == self.threads and beside.team is not self.team:
+            with self.at_work():
+                self.team = beside.team
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Hold the threads: those that are this function's once they are free."""
+        while True:
+            team = self.team
+            team.check()
+            with team.lock:
+                if team is self.team:
+                    yield
+                    return
 
     def top(self, logits: Tensor, count: int) -> Tensor | None:
         """See codegen.executable.Executable."""
@@ -219,7 +236,7 @@ class CppExecutable:
         if logits.dtype != torch.float32 or not logits.is_contiguous() or not 0 < count <= min(width, MOST_BEST):
             return None
         ids = torch.empty(rows, count, dtype=torch.int64)
-        with self.team.lock:
+        with self.at_work():
             self.library.graft_top(self.team.handle, logits.data_ptr(), rows, width, count, ids.data_ptr())
         return ids
 

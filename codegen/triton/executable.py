@@ -102,6 +102,9 @@ class TritonExecutable:
 
     skips: tuple[SkipCount, ...] = ()
 
+    def share_threads(self, beside: object) -> None:
+        """See codegen.executable.Executable: there are none."""
+
     def forget_skips(self) -> None:
         """See codegen.executable.Executable."""
 

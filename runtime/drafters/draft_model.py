@@ -77,6 +77,8 @@ class DraftModel(Drafter):
                 found=self.function,
                 where="DraftModel.function",
             )
+        if isinstance(target, Decoder):
+            decoder.share_threads(target)
         return ModelDrafting(self, decoder, policy)
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import graft
 from graft.codegen.cpp.executable import CppExecutable
 from graft.compiler.program import Program
 from graft.compiling import decoder_of
 from tests.codegen.compiled import compiled, function_of
 from tests.codegen.functions import call_of, random_states
+from tests.families import build
 
 Step = tuple[list[Tensor], tuple[Tensor, Tensor]]
 
@@ -110,3 +112,23 @@ def test_functions_of_one_program_share_threads() -> None:
     other = decoder.functions["other"].executable
     assert isinstance(decoder.executable, CppExecutable) and isinstance(other, CppExecutable)
     assert other.team is decoder.executable.team
+
+
+def test_a_draft_model_works_with_its_targets_threads_and_goes_on_alone() -> None:
+    tasks = Path("/proc/self/task")
+    model, ids = build("llama", eos_token_id=None), torch.tensor([[5, 6, 7, 8, 5]])
+    plans = [graft.Plan(sample=[range(3, 9)], target=one) for one in ((), (graft.DropBlock((1,), "feed-forward"),))]
+    plain, small = (graft.compile(model, plan, backend="cpp") for plan in plans)
+    expected = [one.generate(ids, max_new_tokens=12, do_sample=False) for one in (plain, small)]
+    gc.collect()
+    before = len(list(tasks.iterdir()))
+    plan = graft.Plan(draft=[graft.DraftModel(small)], sample=[range(3, 9)], controller=graft.FixedBudget(3))
+    fast = graft.compile(model, plan, backend="cpp")
+    team = fast.decoder.executable.team  # type: ignore[attr-defined]
+    assert small.decoder.executable.team is team  # type: ignore[attr-defined]
+    gc.collect()
+    assert len(list(tasks.iterdir())) == before  # the target's came, the draft's went
+    assert fast.generate(ids, max_new_tokens=12, do_sample=False).equal(expected[0])
+    del fast
+    gc.collect()
+    assert small.generate(ids, max_new_tokens=12, do_sample=False).equal(expected[1])

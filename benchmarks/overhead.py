@@ -1,6 +1,6 @@
 """graft's own time per step at 16 nodes: drafting, tree building, acceptance, commit, bookkeeping.
 
-The model, its argmax and its top-k are not in it.
+The model, its argmax and its top-k are not in it, and neither are the functions that draft, such as heads.
 
 Real text of SmolLM2-135M-Instruct, greedy, one sequence, every step with a full tree. The spread is over prompts.
 """
@@ -8,17 +8,45 @@ Real text of SmolLM2-135M-Instruct, greedy, one sequence, every step with a full
 from __future__ import annotations
 
 import argparse
+import time
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import graft
 from benchmarks.accept import DRAFTERS
-from benchmarks.record import add_prompt_options, load_prompts, save
+from benchmarks.record import HERE, add_prompt_options, load_prompts, save
 from examples.smollm2 import load
 
-CASES = ("lookup", "recycle", "trie", "lookup + recycle", "lookup + recycle + trie")
+TABLED = ("lookup", "recycle", "trie", "lookup + recycle", "lookup + recycle + trie")
+HEADS = graft.Heads(HERE.parent / "examples" / "hydra-smollm2")
+CASES = {name: DRAFTERS[name] for name in TABLED}
+CASES["hydra heads + lookup + recycle"] = [HEADS, *DRAFTERS["lookup + recycle"]]
+
+
+class Timed:
+    """The code of a function that drafts, with the seconds spent in it."""
+
+    def __init__(self, executable: Any) -> None:
+        self.executable, self.seconds = executable, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.executable, name)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.timed(self.executable, *inputs)
+
+    def top(self, *arguments: Any) -> Any:
+        return self.timed(self.executable.top, *arguments)
+
+    def timed(self, work: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return work(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def main() -> None:
@@ -33,10 +61,14 @@ def main() -> None:
     model, tokenizer = load()
     prompts = load_prompts(arguments.prompts, arguments.per_category)
     results = {}
-    for name in CASES:
+    for name, drafters in CASES.items():
         policy = graft.BestFirst(floor=0.0)  # so that trees are as large as they may be
         tree = graft.Tree(nodes=arguments.nodes, policy=policy)
-        fast = graft.compile(model, graft.Plan(draft=DRAFTERS[name], tree=tree, controller=graft.FixedBudget()))
+        fast = graft.compile(model, graft.Plan(draft=drafters, tree=tree, controller=graft.FixedBudget()))
+        functions = []
+        for decoder in fast.decoder.functions.values():
+            functions.append(Timed(decoder.executable))
+            decoder.executable = functions[-1]
         runs = []
         for prompt in prompts:
             inputs = tokenizer.apply_chat_template(
@@ -45,11 +77,15 @@ def main() -> None:
                 return_tensors="pt",
                 return_dict=True,
             )
+            for one in functions:
+                one.seconds = 0.0
             fast.generate(**inputs, max_new_tokens=arguments.new_tokens, do_sample=False)
             stats = fast.stats
             if stats["steps"]:
-                phases = ("draft_seconds", "overhead_seconds", "model_seconds")
-                per_step = [1e3 * stats[phase] / stats["steps"] for phase in phases]
+                modelled = sum(one.seconds for one in functions)
+                drafting, own, model_seconds = (stats[f"{phase}_seconds"] for phase in ("draft", "overhead", "model"))
+                phases = (drafting - modelled, own, model_seconds + modelled)
+                per_step = [1e3 * seconds / stats["steps"] for seconds in phases]
                 runs.append((*per_step, stats["drafted"] / stats["steps"]))
         drafting, rest, model_ms, nodes = (list(column) for column in zip(*runs, strict=True))
         total = [a + b for a, b in zip(drafting, rest, strict=True)]

@@ -236,7 +236,7 @@ def train_command(arguments: argparse.Namespace) -> None:
         model = load("AutoModelForCausalLM", arguments, dtype=arguments.dtype).eval()
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         fast = compile_(model.to(device), progress=progress)
-        figures = train_heads(fast, texts, arguments.out, options, name=arguments.model, say=progress)
+        figures = train_heads(fast, texts, arguments.out, options, name=arguments.model, say=progress, bar=progress)
     print(json.dumps(figures, indent=2))
 
 

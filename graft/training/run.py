@@ -26,6 +26,8 @@ from graft.training.steps import Figures, batches
 from graft.training.trainees import TrainedHeads, Trainee
 
 Say = Callable[[str], None]
+Bar = Callable[[str, float], None]
+"""Called with what is being trained, and the part of all epochs that is done, 0 to 1."""
 WORK = "training"
 """Folder inside the result's for what a run needs to go on; removed when it is finished."""
 SETTINGS, STATE, PROGRESS = "settings.json", "state.safetensors", "progress"
@@ -39,6 +41,7 @@ def train_heads(
     *,
     name: str = "",
     say: Say | None = None,
+    bar: Bar | None = None,
 ) -> dict[str, Any]:
     """Train what `options.kind` names for a compiled model on `texts` and write it to `folder`: for
     `graft.Heads(folder)`, `graft.Kangaroo(folder, layer)`, `graft.LayerSkip(layer, acceptance=folder)`,
@@ -46,8 +49,9 @@ def train_heads(
 
     `compiled` must be the target without approximations, with its parameters (compiled without `release`); training
     runs on its device. `name` says in the result which model they are for. Interrupted, the same call goes on where it
-    was; the result is that of a run that was not. Returns the figures that are in config.json too: loss and top-1 of
-    each head and simulated tokens per step, on sequences that were not trained on.
+    was; the result is that of a run that was not. `say` is told what is going on, and `bar` of training in its place:
+    the loss, and the tokens per step promised on what is held out. Returns the figures that are in config.json too:
+    loss and top-1 of each head and simulated tokens per step, on sequences that were not trained on.
 
     Raises CheckpointError where the folder holds something else or a run with other options or text, and where there
     is too little text.
@@ -60,7 +64,7 @@ def train_heads(
     shards.build(found, features(compiled, options), lambda done: say(f"hidden states of {done} tokens"))
     run = Run(compiled, shards, options, work)
     run.resume()
-    figures = run.train(say)
+    figures = run.train(bar or (lambda text, _: say(text)))
     return finish(run, folder, figures, {"model": name, "data": texts.digest, **asdict(options)})
 
 
@@ -142,13 +146,13 @@ class Run:
         found = enumerate(self.shards.read(number), first)
         return [one for place, one in found if (place in self.held_out) is held_out and len(one.tokens)]
 
-    def train(self, say: Say) -> Figures:
+    def train(self, bar: Bar) -> Figures:
         """All epochs that are left, or until measurements no longer improve; the figures of the best one."""
         options, progress = self.options, self.progress
         while progress["epoch"] < options.epochs and progress["waited"] < options.patience:
             order = self.order(progress["epoch"])
             while progress["shard"] < len(order):
-                self.train_shard(order[progress["shard"]], say)
+                self.train_shard(order[progress["shard"]], bar)
                 progress["shard"] += 1
                 self.save()
             progress["epoch"], progress["shard"] = progress["epoch"] + 1, 0
@@ -162,7 +166,7 @@ class Run:
                 progress["waited"] += 1
             self.save()
             measured = f"held-out loss {figures['loss']:.3f}, {figures['tokens_per_step']:.2f} tokens a step"
-            say(f"epoch {progress['epoch']}: {measured}")
+            bar(f"epoch {progress['epoch']}: {measured}", progress["epoch"] / options.epochs)
         best: Figures = progress["best"]
         return best
 
@@ -171,10 +175,13 @@ class Run:
         generator = torch.Generator().manual_seed(self.options.seed * 1000 + epoch + 1)
         return torch.randperm(len(self.shards.sizes or ()), generator=generator).tolist()
 
-    def train_shard(self, number: int, say: Say) -> None:
+    def train_shard(self, number: int, bar: Bar) -> None:
         """One step for each batch of a shard; nothing is kept of a shard that is not finished."""
         options, progress = self.options, self.progress
-        for batch in batches(self.sequences(number, False), options.batch):
+        samples = self.sequences(number, False)
+        first = progress["epoch"] + progress["shard"] / len(self.shards.sizes or ())
+        trained = 0
+        for batch in batches(samples, options.batch):
             for group in self.optimiser.param_groups:
                 group["lr"] = options.rate * self.schedule(progress["step"])
             self.optimiser.zero_grad(set_to_none=True)
@@ -185,7 +192,9 @@ class Run:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimiser.step()
             progress["step"] += 1
-            say(f"{self.place()}: loss {float(total.detach()):.3f}")
+            trained += len(batch)
+            epochs = first + trained / len(samples) / len(self.shards.sizes or ())
+            bar(f"{self.place()}: loss {float(total.detach()):.3f}", epochs / options.epochs)
 
     def place(self) -> str:
         """How far the run has come, and what was measured last."""

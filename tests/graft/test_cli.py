@@ -182,6 +182,20 @@ def test_progress_is_one_live_line_on_a_terminal_and_gone_in_the_end() -> None:
     assert progress.status is None and "graft:" not in stream.getvalue()
 
 
+def test_progress_is_a_bar_where_it_is_known_how_much_is_done() -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    with Progress(stream) as progress:
+        progress("hidden states")
+        progress("epoch 1: loss 2.5, 1.9 tokens a step", 0.25)
+        assert progress.status is None and progress.bar is not None
+        task = progress.bar.tasks[0]
+        assert (task.completed, task.description) == (0.25, "epoch 1: loss 2.5, 1.9 tokens a step")
+        progress("writing")
+        assert progress.bar is None and progress.status is not None
+    assert progress.status is None and "graft:" not in stream.getvalue()
+
+
 def test_quiet_progress_says_nothing() -> None:
     stream = io.StringIO()
     with Progress(stream, quiet=True) as progress:

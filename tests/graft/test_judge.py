@@ -138,8 +138,11 @@ def test_a_judge_is_trained_resumed_and_used(compiled: graft.CompiledModel, tmp_
     fast = judged_by(tmp_path / "judge", 0.0, graft.Lookup(), graft.Recycle())
     fast.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False)
     assert fast.stats["accepted"] > 0
-    whole = train_heads(compiled, corpus, tmp_path / "whole", OPTIONS)
-    assert whole == figures
+    shown = list[tuple[str, float]]()
+    assert train_heads(compiled, corpus, tmp_path / "whole", OPTIONS, bar=lambda *one: shown.append(one)) == figures
+    parts = [part for _, part in shown]
+    assert parts == sorted(parts) and 0 < parts[0] < parts[-1] == pytest.approx(1)
+    assert all(" loss " in text for text, _ in shown) and "tokens a step" in shown[-2][0]
     with pytest.raises(graft.CheckpointError, match="another training run"):
         stopped = tmp_path / "stopped"
         with pytest.raises(Interrupted):

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from graft.codegen.guards import guarded_nodes
 from graft.codegen.skips import SkipCount
 from graft.compiler.canonical import ATTENTION, MATMULS, graft
-from graft.compiler.cost import CostModel
+from graft.compiler.cost import CostModel, Workload
 from graft.compiler.errors import LoweringError
 from graft.compiler.nodes import call_nodes, named_arguments
 from graft.compiler.ops import NO_PARENT, softmax_attention
@@ -175,7 +175,8 @@ class AtenExecutable:
         costs = CostModel(self.function)
         found = []
         for one, counts in zip(self.guarded, self.skipped.tolist(), strict=True):
-            weights = sum(int(costs.node(node).weights) for node in one.nodes if node.target in MATMULS)
+            products = [costs.node(node) for node in one.nodes if node.target in MATMULS]
+            weights = sum(int(cost.at(Workload()).weights) for cost in products)
             found.append(SkipCount(one.name, one.regions, weights, *counts))
         return tuple(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import fx
 
@@ -11,9 +12,11 @@ from graft.codegen.kernel_ir import (
     Array,
     AttendKernel,
     AttendPagesKernel,
+    ExpertKernel,
     GatherKernel,
     Heads,
     MatmulKernel,
+    TopKernel,
 )
 from graft.codegen.row_form import ROW, View, regroup
 from graft.compiler.canonical import aten
@@ -64,6 +67,42 @@ def matmul_kernel(node: fx.Node, views: Views, arrays: Arrays) -> MatmulKernel:
         tuple(int(weight.meta["val"].shape[0]) for weight in weights),
         weights[0].meta["val"].dtype,
         tuple(starts or [0] * len(weights)),
+    )
+
+
+def expert_kernel(node: fx.Node, views: Views, arrays: Arrays) -> ExpertKernel:
+    """graft::expert_linear."""
+    given = named_arguments(node)
+    (x, index), weight, bias = (views[given[name]] for name in ("x", "index")), given["weights"], given["bias"]
+    experts, outputs, depth = (int(size) for size in weight.meta["val"].shape)
+    return ExpertKernel(
+        (arrays[x.base], arrays[index.base], arrays[node]),
+        (node,),
+        weight.target,
+        bias.target if bias is not None else "",
+        experts,
+        index.dims[-1],
+        depth,
+        outputs,
+        (x.offset, index.offset),
+        x.strides[-2] if x.dims[-2] > 1 else 0,
+        weight.meta["val"].dtype,
+    )
+
+
+def top_kernel(nodes: Sequence[fx.Node], views: Views, arrays: Arrays) -> TopKernel:
+    """aten.topk and the results of it that are read."""
+    node, *results = nodes
+    view = views[node.args[0]]
+    width, count = view.dims[-1], node.args[1]
+    return TopKernel(
+        (arrays[view.base], *(arrays[result] for result in results)),
+        tuple(nodes),
+        view.offset,
+        math.prod(view.sizes) // width,
+        width,
+        count,
+        tuple(result.args[1] for result in results),
     )
 
 

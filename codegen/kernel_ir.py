@@ -160,6 +160,39 @@ class MatmulKernel(Kernel):
 
 
 @dataclass(frozen=True)
+class ExpertKernel(Kernel):
+    """arrays[2] = every slot of arrays[0] times the matrix that arrays[1] names for it, plus that one's bias."""
+
+    weight: str = ""
+    bias: str = ""
+    experts: int = 0
+    slots: int = 0
+    """Of each row."""
+    depth: int = 0
+    """Elements of an input: the products' inner dim."""
+    outputs: int = 0
+    offsets: tuple[int, int] = (0, 0)
+    """First elements of an input row and of the numbers of its experts."""
+    stride: int = 0
+    """Elements from one slot's input to the next; 0 where a row's slots share theirs."""
+    weight_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class TopKernel(Kernel):
+    """The `count` largest of every `width` elements of arrays[0], largest first, of equals the first: what they are and
+    where they stand, in the arrays behind it."""
+
+    offset: int = 0
+    groups: int = 1
+    """Of `width` elements in a row."""
+    width: int = 0
+    count: int = 0
+    results: tuple[int, ...] = (0, 1)
+    """What is asked for, in order: 0 for the elements, 1 for their places."""
+
+
+@dataclass(frozen=True)
 class GatherKernel(Kernel):
     """arrays[1] = the row of a parameter that arrays[0] names."""
 
@@ -252,6 +285,16 @@ class Kernels:
     """Logits and hidden states."""
     function: Function
     """The function that was cut: a copy, with the nodes that kernels name."""
+
+
+def multiplied(kernel: Kernel) -> tuple[str, ...]:
+    """Names of the parameters that the kernel multiplies rows with."""
+    match kernel:
+        case MatmulKernel():
+            return kernel.weights
+        case ExpertKernel():
+            return (kernel.weight,)
+    return ()
 
 
 def parameters_behind(nodes: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> set[str]:

@@ -75,8 +75,9 @@ def kernel_seconds(kernel: KernelRecord, rates: Rates) -> sympy.Expr:
 
 
 def kind_of(kernel: KernelRecord) -> str:
-    """The kind of a kernel, from the name of its code."""
-    return kernel.name.rpartition("_")[0]
+    """The kind of a kernel, from the name of its code; products with experts are products."""
+    kind = kernel.name.rpartition("_")[0]
+    return "matmul" if kind == "experts" else kind
 
 
 def calibrate(kernels: Sequence[KernelRecord], profile: Profile) -> Rates:

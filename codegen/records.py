@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sympy
 
-from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernel, Kernels, MatmulKernel
+from graft.codegen.kernel_ir import Array, AtenKernel, ExpertKernel, GatherKernel, Kernel, Kernels, MatmulKernel
 from graft.codegen.skips import guard_text
 from graft.compiler.cost import ZERO, Cost, CostModel
 from graft.compiler.notation import size_symbol
@@ -32,7 +32,7 @@ def kernel_cost(kernel: Kernel, model: CostModel) -> Cost:
     """The cost of a kernel: its nodes' operations, its operands' bytes; what stays inside moves nothing."""
     costs = [model.node(node) for node in kernel.nodes]
     shared = sum(array.width * array.dtype.itemsize for array in kernel.arrays if not array.rows)
-    reads_parameters = isinstance(kernel, (MatmulKernel, GatherKernel))
+    reads_parameters = isinstance(kernel, (GatherKernel, MatmulKernel, ExpertKernel))
     weights = sum((cost.weights for cost in costs), ZERO) if reads_parameters else shared
     return Cost(
         products=sum((cost.products for cost in costs), ZERO),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from graft.codegen.heavy import (
     append_kernel,
     attend_kernel,
     attend_pages_kernel,
+    expert_kernel,
     flat_row,
     gather_kernel,
     matmul_kernel,
     state_name,
+    top_kernel,
 )
 from graft.codegen.kernel_ir import Array, AtenKernel, Kernel, Kernels
 from graft.codegen.row_builder import RowBuilder
@@ -26,8 +29,8 @@ from graft.compiler.program import Function
 from graft.compiler.shapes import attribute
 
 
-def cut(function: Function) -> Kernels:
-    """The kernels of a function on flat rows, in the order in which they run.
+def cut(function: Function, without: frozenset[Callable] = frozenset()) -> Kernels:
+    """The kernels of a function on flat rows, in the order in which they run; ATen runs the operators `without`.
 
     Raises LoweringError for a function that is not on flat rows.
     """
@@ -40,7 +43,7 @@ def cut(function: Function) -> Kernels:
         )
     own = function.copy()
     tokens, wanted = (own.placeholder(name).meta["val"].shape[0].node.expr for name in ("tokens", "wanted"))
-    state = Cut(own, own.graph, {tokens: "N", wanted: "R"})
+    state = Cut(own, own.graph, {tokens: "N", wanted: "R"}, without)
     for node in list(own.graph.nodes):
         if node.op != "output":
             visit(state, node)
@@ -111,6 +114,10 @@ def group_kernel(state: Cut, group: Group, arrays: dict[fx.Node, Array], results
     node = group.nodes[0]
     if group.reason:
         return aten_kernel(state, group, arrays, results)
+    if node.target is graft.expert_linear.default:
+        return expert_kernel(node, state.views, arrays)
+    if node.target is aten.topk.default:
+        return top_kernel(group.nodes, state.views, arrays)
     if node.target in MATMULS:
         return matmul_kernel(node, state.views, arrays)
     if node.target is aten.embedding.default:

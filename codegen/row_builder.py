@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -19,17 +19,18 @@ from graft.codegen.kernel_ir import (
     Compute,
     Const,
     Convert,
-    Instruction,
     Load,
-    Loop,
     Reduce,
     RowKernel,
     Store,
 )
+from graft.codegen.loops import Draft, moved, tidy
 from graft.codegen.row_form import ROW, View, broadcast, contiguous
 from graft.codegen.scalar_ops import REDUCERS, TREES, WIDE_NUMBERS, Tree
 from graft.compiler.canonical import aten
 
+FEW, LANES = 16, 16
+"""Elements that are combined one by one where so many results lie side by side."""
 EXACT_WHOLE = frozenset({torch.int64, torch.int32, torch.bool})
 
 
@@ -38,28 +39,6 @@ def computing(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float64, torch.int64, torch.int32):
         return torch.float64
     return torch.float32
-
-
-@dataclass
-class Draft:
-    """A loop in the making."""
-
-    sizes: tuple[int, ...]
-    reduced: int | None = None
-    """Trailing dims that its reductions combine; None while it has no reduction."""
-    body: list[Instruction] = field(default_factory=list)
-    known: dict[object, int] = field(default_factory=dict)
-    """What is in a register already."""
-
-    def add(self, instruction: Instruction, key: object = None) -> int:
-        """The instruction's place in the body; an equal one is not repeated."""
-        key = key or (instruction if not isinstance(instruction, (Store, Reduce)) else None)
-        if key is not None and key in self.known:
-            return self.known[key]
-        self.body.append(instruction)
-        if key is not None:
-            self.known[key] = len(self.body) - 1
-        return len(self.body) - 1
 
 
 @dataclass(frozen=True)
@@ -250,6 +229,8 @@ class RowBuilder:
         """Combine along dims; the result is stored."""
         named = [dims] if isinstance(dims, int) else list(dims or range(len(source.dims)))
         axes = {dim % len(source.dims) for dim in named}
+        if self.sum_of_few(node, source, op, axes):
+            return
         kept = [axis for axis, size in enumerate(source.dims) if axis not in axes and size != ROW]
         order = [*kept, *sorted(axes)]
         sizes = tuple(source.dims[axis] for axis in order)
@@ -261,6 +242,25 @@ class RowBuilder:
         divisor = float(count) if node.target is aten.mean.dim else 1.0
         outer = sizes[: len(kept)]
         self.reduce_into(node, loop, op, self.operand(loop, view, inside), outer, divisor)
+
+    def sum_of_few(self, node: fx.Node, source: View, op: str, axes: set[int]) -> bool:
+        """Element by element, where few are combined that do not lie side by side, such as the slots of a mixture."""
+        (axis, *others), value = sorted(axes), node.meta["val"]
+        behind = math.prod(size for size in source.dims[axis + 1 :] if size != ROW)
+        if others or source.dims[axis] > FEW or behind < LANES or node.target is aten.mean.dim:
+            return False
+        sizes = self.views[node].sizes
+        steps = [0 if place == axis else step for place, step in enumerate(source.strides)]
+        kept = len(self.views[node].dims) == len(source.dims)
+        steps = [steps[at] for at, size in enumerate(source.dims) if size != ROW and (kept or at != axis)]
+        starts = (source.offset + index * source.strides[axis] for index in range(source.dims[axis]))
+        parts = [View(source.base, sizes, tuple(steps), start) for start in starts]
+        loop, inside = self.loop_for(parts, sizes), computing(value.dtype)
+        total, *rest = [self.operand(loop, part, inside) for part in parts]
+        for register in rest:
+            total = loop.add(Compute({"sum": "add"}.get(op, op), (total, register), inside))
+        self.define(node, loop, self.rounded(loop, total, value.dtype, inside))
+        return True
 
     def reduce_into(
         self, node: fx.Node, loop: Draft, op: str, register: int, outer: tuple[int, ...], divisor: float
@@ -352,45 +352,3 @@ def literal(value: object, dtype: torch.dtype) -> object:
 def squeezed(sizes: Sequence[int]) -> tuple[int, ...]:
     """Sizes without ones."""
     return tuple(size for size in sizes if size != 1)
-
-
-def moved(one: Load | Store | Reduce, access: Access, dtype: torch.dtype) -> Instruction:
-    """The instruction on another array."""
-    match one:
-        case Load():
-            return Load(access, dtype)
-        case Store(_, operand, _):
-            return Store(access, operand, dtype)
-        case Reduce(op, operand, _, divisor, _):
-            return Reduce(op, operand, access, divisor, dtype)
-
-
-def tidy(draft: Draft, locals_at: int) -> Loop:
-    """The loop with dims of one dropped, adjacent dims merged where every access allows it, operands counted up."""
-    reduced = draft.reduced or 0
-    groups = [list(range(len(draft.sizes) - reduced)), list(range(len(draft.sizes) - reduced, len(draft.sizes)))]
-    accesses = [one.access for one in draft.body if isinstance(one, (Load, Store, Reduce))]
-    merged: list[list[tuple[int, int]]] = []
-    for group in groups:
-        dims: list[tuple[int, int]] = []  # (size, the axis whose strides count)
-        for axis in group:
-            if draft.sizes[axis] == 1:
-                continue
-            if dims and all(a.strides[dims[-1][1]] == a.strides[axis] * draft.sizes[axis] for a in accesses):
-                dims[-1] = (dims[-1][0] * draft.sizes[axis], axis)
-            else:
-                dims.append((draft.sizes[axis], axis))
-        merged.append(dims)
-    if reduced and not merged[1]:
-        merged[1] = [(1, len(draft.sizes) - 1)]
-    axes = [axis for dims in merged for _, axis in dims]
-
-    def renamed(access: Access) -> Access:
-        operand = access.operand if access.operand >= 0 else locals_at - 1 - access.operand
-        return Access(operand, access.offset, tuple(access.strides[axis] for axis in axes), access.selected)
-
-    body = tuple(
-        moved(one, renamed(one.access), one.dtype) if isinstance(one, (Load, Store, Reduce)) else one
-        for one in draft.body
-    )
-    return Loop(tuple(size for dims in merged for size, _ in dims), len(merged[1]), body)

@@ -7,7 +7,9 @@ rule takes runs through ATen, a row at a time.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,10 @@ DTYPES = FLOATING | {torch.int64, torch.bool}
 """What row kernels load, compute and store."""
 
 
+MOST_BEST = 64
+"""As in cpp/include/top.h."""
+
+
 @dataclass
 class Group:
     """One kernel that is no row kernel, in the making."""
@@ -51,6 +57,8 @@ class Cut:
     graph: fx.Graph
     rows: dict[Any, str]
     """Symbol -> "N" or "R"."""
+    without: frozenset[Callable] = frozenset()
+    """Operators that the backend has no kernels for, of those that a backend need not have."""
     views: dict[fx.Node, View] = field(default_factory=dict)
     forms: dict[fx.Node, Form] = field(default_factory=dict)
     constant: set[fx.Node] = field(default_factory=set)
@@ -80,6 +88,10 @@ def visit(state: Cut, node: fx.Node) -> None:
             state.views[node] = whole(node, form)
     elif node.target in SIZES and not isinstance(node.meta["val"], Tensor):
         return
+    elif node.target is operator.getitem and is_part(state, node):
+        state.groups[state.stage[node] - 1].nodes.append(node)
+        state.views[node] = whole(node, state.forms[node])
+        state.owner[node] = state.stage[node], "group"
     elif not alias(state, node) and not heavy(state, node) and not row_wise(state, node):
         through_aten(state, node)
 
@@ -101,6 +113,12 @@ def alias(state: Cut, node: fx.Node) -> bool:
         return False
     state.views[node] = found
     return True
+
+
+def is_part(state: Cut, node: fx.Node) -> bool:
+    """Whether the node is one of several results of a kernel of ours."""
+    place, kind = state.owner.get(node.args[0], (0, ""))
+    return kind == "group" and not state.groups[place - 1].reason
 
 
 def is_widened(node: Any) -> bool:
@@ -178,7 +196,13 @@ def fits(state: Cut, node: fx.Node, form: Form) -> bool:
 
 def heavy(state: Cut, node: fx.Node) -> bool:
     """Make the node a kernel of its own, if it is a matmul, a gather or attention that there is a kernel for."""
-    if node.target in MATMULS:
+    if node.target in state.without:
+        return False
+    if node.target is graft.expert_linear.default:
+        ours = experts_fit(state, node)
+    elif node.target is aten.topk.default:
+        ours = top_fits(state, node)
+    elif node.target in MATMULS:
         ours = matmul_fits(state, node)
     elif node.target is aten.embedding.default:
         ours = gather_fits(state, node)
@@ -189,8 +213,8 @@ def heavy(state: Cut, node: fx.Node) -> bool:
     if is_widened(node):
         node.meta["val"] = node.meta["val"].to(torch.float32)
         state.forms[node] = Form(state.forms[node].dims, state.forms[node].rows, torch.float32)
-    rows = state.forms[node].rows if node in state.forms else "N"
-    state.groups.append(Group([node], rows))
+    known = [state.forms[one].rows for one in (node, *node.all_input_nodes) if one in state.forms]
+    state.groups.append(Group([node], next(filter(None, known), "N")))
     state.stage[node] = len(state.groups)
     state.owner[node] = len(state.groups), "group"
     if node in state.forms:
@@ -221,6 +245,36 @@ def matmul_fits(state: Cut, node: fx.Node) -> bool:
     columns = node.args[5] if len(node.args) > 5 else None
     # Panels hold the inputs of 16-bit weights in pairs.
     if columns is not None and columns[0] % 2:
+        return False
+    dense_operand(state, node, x, whole_row=True)
+    return True
+
+
+def experts_fit(state: Cut, node: fx.Node) -> bool:
+    """Slots of rows that name experts, which are parameters of the same dtype."""
+    given = named_arguments(node)
+    x, index, parameters = given["x"], given["index"], [given["weights"], given["bias"]]
+    if any(one not in state.views for one in (x, index)) or node not in state.forms:
+        return False
+    dtype, dims = state.forms[x].dtype, state.forms[index].dims
+    same = all(one is None or (one.op == "get_attr" and one.meta["val"].dtype == dtype) for one in parameters)
+    slots = state.forms[index].rows != "" and state.forms[index].width == dims[-1] and ROW not in dims[-1:]
+    if dtype not in FLOATING or not same or not slots or state.forms[x].rows != state.forms[index].rows:
+        return False
+    for operand in (x, index):
+        dense_operand(state, node, operand, whole_row=True)
+    return True
+
+
+def top_fits(state: Cut, node: fx.Node) -> bool:
+    """The largest few of the features of a row."""
+    given = named_arguments(node)
+    x = given["self"]
+    if x not in state.views or state.forms[x].dtype not in FLOATING or not state.forms[x].rows:
+        return False
+    dims, count = state.forms[x].dims, given["k"]
+    last = dims[given["dim"]] != ROW and given["dim"] % len(dims) == len(dims) - 1
+    if not last or not given["largest"] or not isinstance(count, int) or not 0 < count <= min(MOST_BEST, dims[-1]):
         return False
     dense_operand(state, node, x, whole_row=True)
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graft.codegen.kernel_ir import AtenKernel, AttendKernel, Guard, Kernel, MatmulKernel
+from graft.codegen.kernel_ir import AtenKernel, AttendKernel, ExpertKernel, Guard, Kernel, MatmulKernel
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,17 @@ def guarded_regions(kernels: Sequence[Kernel]) -> list[Guarded]:
         if guard is None:
             continue
         first.setdefault(guard, place)
-        if isinstance(kernel, MatmulKernel | AttendKernel):
+        if isinstance(kernel, MatmulKernel | ExpertKernel | AttendKernel):
             runs.setdefault(guard, set()).add(run)
             weights[guard] = weights.get(guard, 0) + weight_bytes(kernel)
     return [Guarded(guard, first[guard], len(held), weights[guard]) for guard, held in runs.items()]
 
 
 def weight_bytes(kernel: Kernel) -> int:
-    """Bytes of the rows of parameters that a product reads."""
+    """Bytes of the rows of parameters that a product reads; of experts those that one row may choose."""
+    if isinstance(kernel, ExpertKernel):
+        chosen = min(kernel.slots, kernel.experts)
+        return chosen * kernel.outputs * kernel.depth * kernel.weight_dtype.itemsize
     if not isinstance(kernel, MatmulKernel):
         return 0
     return sum(end - start for start, end in kernel.ranges) * kernel.depth * kernel.weight_dtype.itemsize

@@ -92,7 +92,7 @@ REDUCTIONS: dict[Any, int] = {
 }
 """Operators that combine elements along dims -> which argument names the dims (absent: the last, or all)."""
 
-MATMULS = frozenset({aten.linear.default, graft.linear_rows.default})
+MATMULS = frozenset({aten.linear.default, graft.linear_rows.default, graft.expert_linear.default})
 """Matrix products with a constant weight."""
 
 MASKS: dict[Any, int] = {aten.where.self: 0, aten.masked_fill.Scalar: 1}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from graft.compiler.canonical import ATTENTION, NOT_CANONICAL, STATE_WRITES, graft, is_functional
@@ -120,6 +121,8 @@ def check_node(function: Function, node: fx.Node) -> None:
         )
     if node.target is graft.linear_rows.default:
         check_linear_rows(function, node)
+    if node.target is graft.expert_linear.default:
+        check_expert_linear(node)
 
 
 def check_linear_rows(function: Function, node: fx.Node) -> None:
@@ -163,6 +166,25 @@ def check_linear_rows(function: Function, node: fx.Node) -> None:
             "linear_rows names inputs that there are not",
             expected=f"for each weight the start of {depths[0]} of {width} features",
             found=f"starts {list(starts)} for weights of {depths} inputs",
+            where=place_of(node),
+        )
+
+
+def check_expert_linear(node: fx.Node) -> None:
+    """Experts that are parameters, with as many inputs as a slot has features, and a whole number for each slot."""
+    x, weights, index, bias = (*node.args, None)[:4]
+    computed = [one.name for one in (weights, bias) if one is not None and one.op != "get_attr"]
+    if computed:
+        raise CheckError("expert_linear reads experts that are computed", found=computed[0], where=place_of(node))
+    sizes, slots, experts = (one.meta["val"].shape for one in (x, index, weights))
+    offsets = experts[:2] if bias is None else bias.meta["val"].shape
+    fits = len(sizes) == len(slots) + 1 and sizes[-1] == experts[-1] and sizes[-2] in (1, slots[-1])
+    whole = index.meta["val"].dtype == torch.int64
+    if len(experts) != 3 or not fits or not whole or tuple(offsets) != tuple(experts[:2]):
+        raise CheckError(
+            "expert_linear is given what does not fit together",
+            expected="x [..., 1 or S, in], experts [E, out, in], int64 [..., S], and a bias [E, out] or none",
+            found=f"x {list(sizes)}, experts {list(experts)}, index {list(slots)}, bias {list(offsets)}",
             where=place_of(node),
         )
 

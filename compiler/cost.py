@@ -8,6 +8,7 @@ has besides: T, committed and new tokens that a row attends to; Q, sequences in 
   min(T, W) in T's place. Without a KV state it is counted dense, as computed: T = L. The softmax is not counted.
 - Every other operator is one FLOP for each element that it makes, or that it reduces; a view is free, a gather too.
 - Weights are read once per call, however many nodes and rows read them. Of a gathered table only what is gathered.
+- Experts: no more matrices are read than rows' slots choose, and no more than there are.
 - KV: the keys and values of T tokens are read once for each of Q sequences, those of N rows are written once.
 - Activations are what every node reads and writes, were each run by itself; fusion saves most of them, so they are an
   upper bound. Views move nothing.
@@ -179,6 +180,8 @@ class CostModel:
             inner = self.sizes(node.args[1] if node.target is aten.baddbmm.default else node.args[0])[-1]
             if node.target is graft.linear_rows.default:
                 inner, weights = self.linear_rows(node)
+            if node.target is graft.expert_linear.default:
+                weights *= sympy.Min(1, self.elements(node.args[2]) / self.sizes(node.args[1])[0])
             bias = made if has_bias(node) else ZERO
             return Cost(products=2 * made * inner, elementwise=bias, weights=weights, activations=moved)
         work = made if kind != "reduction" else self.elements(node.args[0])
@@ -246,6 +249,8 @@ def has_bias(node: fx.Node) -> bool:
     """Whether a matmul adds a bias."""
     if node.target is aten.baddbmm.default:
         return True
+    if node.target is graft.expert_linear.default:
+        return len(node.args) > 3 and node.args[3] is not None
     return len(node.args) > 2 and bool(node.args[2]) and node.target not in PRODUCTS
 
 
@@ -289,10 +294,13 @@ def function_cost(function: Function) -> Cost:
 
 
 def weights_read(function: Function, model: CostModel) -> sympy.Expr:
-    """Bytes of distinct storage that nodes read whole, and what gathers read of the rest."""
+    """Bytes of distinct storage that nodes read whole, and what gathers and chosen experts read of the rest."""
     whole: dict[int, int] = {}
     gathers = [ZERO]
     for node in function.graph.nodes:
+        if node.target is graft.expert_linear.default:
+            gathers.append(model.node(node).weights)
+            continue
         if node.op == "call_function" and node_class(node.target) == "gather":
             gathers.append(model.node(node).weights)
             parameters = [operand for operand in node.all_input_nodes[1:] if operand.op == "get_attr"]

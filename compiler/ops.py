@@ -186,6 +186,29 @@ def _(
     return x.new_empty(*x.shape[:-1], sum(ranges[1::2]) - sum(ranges[::2]))
 
 
+@torch.library.custom_op("graft::expert_linear", mutates_args=())
+def expert_linear(x: Tensor, weights: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Every slot times the matrix of the expert that it chose.
+
+    index int64 [..., S] names an expert for each of a row's S slots; x [..., S, in], or [..., 1, in] where slots share
+    their row's input; weights [experts, out, in]; bias [experts, out]. A slot whose index is below zero, or not below
+    the number of experts, chose none: its result is zero. Returns [..., S, out].
+    """
+    slots = x.expand(*index.shape, x.shape[-1])
+    out = x.new_zeros(*index.shape, weights.shape[1])
+    for expert in index.unique().tolist():
+        if 0 <= expert < len(weights):
+            chosen = index == expert
+            offset = bias[expert] if bias is not None else None
+            out[chosen] = torch.nn.functional.linear(slots[chosen], weights[expert], offset)
+    return out
+
+
+@expert_linear.register_fake
+def _(x: Tensor, weights: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*index.shape, weights.shape[1])
+
+
 def row_places(sequences: Tensor, lengths: Tensor) -> Tensor:
     """int64 [N]: where in its slot each row is written; sequences int64 [N], lengths int64 [slots]."""
     same = sequences[None, :] == sequences[:, None]

@@ -24,7 +24,8 @@ from graft.compiler.canonical import aten
 from graft.compiler.nodes import new_node
 from graft.compiler.passing import Contract, Pass, View, exact
 from graft.compiler.program import Function
-from graft.compiler.shapes import attribute
+from graft.passes.experts import choose_experts
+from graft.passes.mixture.products import transposed
 
 SAME_AS_INPUT = frozenset(
     {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.dropout.default}
@@ -48,6 +49,8 @@ class Canonicalise(Pass):
             for node in list(function.graph.nodes):
                 if node.op == "call_function":
                     rewrite(function, node, view)
+            function.graph.eliminate_dead_code(is_impure)
+            choose_experts(function, view)
             function.graph.eliminate_dead_code(is_impure)
             function.derive()
 
@@ -123,14 +126,9 @@ def square(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:
 
 
 def addmm(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:
-    """A transposed view of the parameter, which takes no memory, lets the product be a linear."""
+    """A transposed view of the parameter lets the product be a linear."""
     bias, x, weight = node.args
-    path = f"{weight.target.replace('.', '_')}_T"
-    if not hasattr(function.weights, path):
-        setattr(function.weights, path, attribute(function.weights, weight.target).detach().t())
-    transposed = node.graph.get_attr(path)
-    transposed.meta = {**weight.meta, "val": weight.meta["val"].t()}
-    return aten.linear.default, (x, transposed, bias), {}
+    return aten.linear.default, (x, transposed(function, weight), bias), {}
 
 
 def polar(function: Function, node: fx.Node) -> tuple[Callable, tuple, dict]:

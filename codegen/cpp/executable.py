@@ -20,7 +20,7 @@ from graft.codegen.cpp.isa import Isa, choose, processor_name
 from graft.codegen.cpp.library import Call, load, print_code
 from graft.codegen.cpp.memory import check_panels, pack_all
 from graft.codegen.cpp.team import Team
-from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, MatmulKernel, parameters_behind
+from graft.codegen.kernel_ir import Array, AtenKernel, GatherKernel, Kernels, multiplied, parameters_behind
 from graft.codegen.prediction import Prediction, cached_rates, calibrate, zero_states
 from graft.codegen.records import record
 from graft.codegen.regions import cut
@@ -59,12 +59,10 @@ class CppExecutable:
         """
         self.function, self.isa = function, isa or choose(None)
         self.cut: Kernels = cut(function)
-        products = [kernel for kernel in self.cut.kernels if isinstance(kernel, MatmulKernel)]
+        products = [name for kernel in self.cut.kernels for name in multiplied(kernel)]
         gathers = [kernel.weight for kernel in self.cut.kernels if isinstance(kernel, GatherKernel)]
         # A table that another function multiplies with is there in panels already, and perhaps in no other form.
-        self.packed = frozenset(
-            (*(name for kernel in products for name in kernel.weights), *(panels or {}).keys() & gathers)
-        )
+        self.packed = frozenset((*products, *(panels or {}).keys() & gathers))
         self.guarded = guarded_regions(self.cut.kernels)
         counters = {one.counter: number for number, one in enumerate(self.guarded)}
         self.code = print_code(self.cut.kernels, self.packed, counters)

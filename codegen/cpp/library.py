@@ -12,16 +12,17 @@ from typing import Any
 from graft.codegen.cpp.build import build
 from graft.codegen.cpp.isa import Isa
 from graft.codegen.cpp.printer import function, print_kernel
-from graft.codegen.kernel_ir import AtenKernel, AttendPagesKernel, Kernel
+from graft.codegen.kernel_ir import AtenKernel, AttendPagesKernel, ExpertKernel, Kernel, TopKernel
 
 HEADERS = (
     *("vec.h", "math.h", "team.h", "step.h", "matmul.h", "tiles.h", "attention.h", "top.h"),
+    "experts.h",
     *("codes.h", "affine.h", "selection.h", "pages.h"),
 )
 
 HEAD = """#include "{attention}"
 #include "matmul.h"
-#include "top.h"
+#include "top.h"{experts}
 
 using namespace graft;
 namespace {{
@@ -95,7 +96,10 @@ def print_code(kernels: tuple[Kernel, ...], packed: frozenset[str], counters: Ma
         code.schedule += [functions[printed.body], len(code.arguments)]
         code.arguments += [one if isinstance(one, int) else code.place(one) for one in printed.arguments]
     pages = any(isinstance(kernel, AttendPagesKernel) for kernel in kernels)
-    head = HEAD.format(attention="pages.h" if pages else "attention.h")
+    chosen = any(isinstance(kernel, ExpertKernel | TopKernel) for kernel in kernels)
+    head = HEAD.format(
+        attention="pages.h" if pages else "attention.h", experts='\n#include "experts.h"' if chosen else ""
+    )
     code.source = head + "\n".join(texts) + TAIL.format(names=", ".join(names) or "nullptr")
     return code
 

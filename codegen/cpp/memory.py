@@ -17,9 +17,12 @@ PANEL = 32
 
 def pack(weight: Tensor) -> Tensor:
     """A parameter [out, in] as panels [ceil(out / 32), in, 32]; in bfloat16 pairs of inputs, [.., ceil(in / 2), 32, 2].
+    Experts [E, out, in] are packed each by itself, one behind the other.
 
     What a panel has beyond the parameter is zero.
     """
+    if weight.dim() == 3:
+        return torch.stack([pack(one) for one in weight])
     out, depth = weight.shape
     paired = weight.dtype == torch.bfloat16
     panels, steps = -(-out // PANEL), -(-depth // 2) * 2 if paired else depth
@@ -34,28 +37,31 @@ def pack(weight: Tensor) -> Tensor:
 
 def pack_all(weights: Sequence[Tensor]) -> list[Tensor]:
     """The panels of parameters, side by side in large pages."""
-    shapes = [panel_shape(weight.shape[0], weight.shape[1], weight.dtype) for weight in weights]
+    shapes = [panel_shape(weight.shape, weight.dtype) for weight in weights]
     sizes = (math.prod(shape) * weight.dtype.itemsize for shape, weight in zip(shapes, weights, strict=True))
     room = HugePages(sum(sizes), len(weights))
     return [room.copy(pack(weight)) for weight in weights]
 
 
-def panel_shape(out: int, depth: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of `pack`'s result for a parameter [out, depth]."""
+def panel_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of `pack`'s result for a parameter [out, in], or experts [E, out, in]."""
+    *experts, out, depth = shape
     panels = -(-out // PANEL)
-    return (panels, -(-depth // 2), PANEL, 2) if dtype == torch.bfloat16 else (panels, depth, PANEL)
+    return (*experts, panels, *((-(-depth // 2), PANEL, 2) if dtype == torch.bfloat16 else (depth, PANEL)))
 
 
-def unpack(panels: Tensor, out: int, depth: int) -> Tensor:
-    """The parameter [out, depth] that `pack` made the panels of."""
+def unpack(panels: Tensor, shape: Sequence[int]) -> Tensor:
+    """The parameter of that shape that `pack` made the panels of."""
+    if len(shape) == 3:
+        return torch.stack([unpack(one, shape[1:]) for one in panels])
+    out, depth = shape
     rows = panels.permute(0, 2, 1, 3) if panels.dim() == 4 else panels.permute(0, 2, 1)
     return rows.reshape(panels.shape[0] * PANEL, -1)[:out, :depth].contiguous()
 
 
 def check_panels(panels: Tensor, parameter: Tensor, name: str) -> None:
     """Raise LoweringError unless these can be the panels of a parameter of that shape and dtype."""
-    out, depth = parameter.shape
-    expected = panel_shape(out, depth, parameter.dtype)
+    expected = panel_shape(parameter.shape, parameter.dtype)
     if tuple(panels.shape) != expected or panels.dtype != parameter.dtype or not panels.is_contiguous():
         raise LoweringError(
             "a packed parameter has the wrong form",
@@ -75,5 +81,5 @@ def restore(weights: nn.Module, panels: Mapping[str, Tensor]) -> None:
         if parameter is not None and parameter.is_meta:
             check_panels(packed, parameter, name)
             if id(packed) not in found:
-                found[id(packed)] = nn.Parameter(unpack(packed, *parameter.shape), requires_grad=False)
+                found[id(packed)] = nn.Parameter(unpack(packed, parameter.shape), requires_grad=False)
             module._parameters[last] = found[id(packed)]

@@ -17,6 +17,7 @@ from graft.codegen.kernel_ir import (
     Compute,
     Const,
     Convert,
+    ExpertKernel,
     GatherKernel,
     Heads,
     Kernel,
@@ -26,6 +27,7 @@ from graft.codegen.kernel_ir import (
     Reduce,
     RowKernel,
     Store,
+    TopKernel,
 )
 from graft.codegen.row_builder import computing
 from graft.compiler.kv.codecs import Codec, KeyChannels
@@ -79,6 +81,10 @@ def print_unguarded(kernel: Kernel, packed: frozenset[str]) -> Printed:
             return Printed("rows", row_kernel(kernel), tuple(array.name for array in kernel.arrays))
         case MatmulKernel():
             return matmul(kernel)
+        case ExpertKernel():
+            return experts(kernel)
+        case TopKernel():
+            return top(kernel)
         case GatherKernel():
             return gather(kernel, packed)
         case AppendKernel():
@@ -243,6 +249,38 @@ def matmul(kernel: MatmulKernel) -> Printed:
     ]
     weights = (*(f"weight {name}" for name in kernel.weights), *(f"bias {name}" for name in kernel.biases))
     return Printed("matmul", indented(lines), (x.name, out.name, *weights))
+
+
+def experts(kernel: ExpertKernel) -> Printed:
+    """Slots times the matrices that they chose."""
+    x, index, out = kernel.arrays
+    kind = TYPES[kernel.weight_dtype]
+    bias = f"step.array<{kind}>(argument[4])" if kernel.bias else "nullptr"
+    lines = [
+        f"const Experts<{kind}> experts = {{step.array<{kind}>(argument[3]), {bias}, {kernel.experts}, "
+        f"{kernel.outputs}, {kernel.depth}}};",
+        f"const Chosen<{kind}> chosen = {{step.array<{kind}>(argument[0]) + {kernel.offsets[0]}, {x.width}, "
+        f"{kernel.stride},",
+        f"    step.array<int64_t>(argument[1]) + {kernel.offsets[1]}, {index.width}, {kernel.slots}}};",
+        f"multiply_experts(step, part, step.count('{out.rows}'), experts, chosen, "
+        f"step.array<{TYPES[out.dtype]}>(argument[2]));",
+    ]
+    weights = (f"weight {kernel.weight}", *([f"bias {kernel.bias}"] if kernel.bias else []))
+    return Printed("experts", indented(lines), (x.name, index.name, out.name, *weights))
+
+
+def top(kernel: TopKernel) -> Printed:
+    """The largest few elements."""
+    x = kernel.arrays[0]
+    kind, place = TYPES[x.dtype], {result: at for at, result in enumerate(kernel.results)}
+    values = f"step.array<{kind}>(argument[{1 + place[0]}])" if 0 in place else "nullptr"
+    ids = f"step.array<int64_t>(argument[{1 + place[1]}])" if 1 in place else "nullptr"
+    lines = [
+        f"largest<{kind}>(step, part, step.count('{x.rows}'), step.array<{kind}>(argument[0]) + {kernel.offset}, "
+        f"{x.width},",
+        f"    {kernel.groups}, {kernel.width}, {kernel.count}, {values}, {ids});",
+    ]
+    return Printed("top", indented(lines), tuple(array.name for array in kernel.arrays))
 
 
 def gather(kernel: GatherKernel, packed: frozenset[str]) -> Printed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graft.codegen.cpp.isa import Isa, detect
-from graft.codegen.cpp.library import Call, load, print_code
+from graft.codegen.cpp.library import Call, Code, load, print_code
 from graft.codegen.kernel_ir import Array, RowKernel
 from graft.codegen.row_builder import RowBuilder
 from graft.codegen.row_form import ROW, Form, View, look_through, whole
@@ -85,25 +85,37 @@ class Library:
         for node in results:
             array = rows.array(node)
             tensors[node.name] = torch.full((count, array.width), 77, dtype=array.dtype)
-        names = [name for name in self.code.places if name in tensors]
-        addresses = np.zeros(len(self.code.places) + 1, np.int64)
-        for name in names:
-            addresses[self.code.places[name]] = tensors[name].data_ptr()
-        schedule, arguments = (np.array(one, np.int32) for one in (self.code.schedule, self.code.arguments))
-        zeros = torch.zeros(max(count, 1), dtype=torch.int64)
-        parents = zeros - 1
-        call = Call(
-            count, count, 1,
-            *(zeros.data_ptr(), parents.data_ptr(), zeros.data_ptr(), zeros.data_ptr(), None),
-            *(one.ctypes.data for one in (addresses, schedule, arguments)),
-            part, part + 1,
-        )  # fmt: skip
-        team = self.library.graft_open(1)
-        self.library.graft_run(team, ctypes.byref(call))
-        self.library.graft_close(team)
+        run_kernel(self.code, self.library, part, tensors, count)
         return [
             tensors[node.name].reshape(count, *rows.values[node].shape[1:]).to(rows.values[node].dtype)
             for node in results
         ]
 
 
+def run_kernel(
+    code: Code,
+    library: Any,
+    number: int,
+    tensors: Mapping[str, Tensor],
+    count: int,
+    threads: int = 1,
+    addresses: Mapping[str, int] | None = None,
+) -> None:
+    """Run one kernel over so many rows, on tensors by the names in its arguments, or on what lies at addresses."""
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()} | dict(addresses or {})
+    numbers = np.zeros(len(code.places) + 1, np.int64)
+    for name, place in places.items():
+        if name in code.places:
+            numbers[code.places[name]] = place
+    schedule, arguments = (np.array(one, np.int32) for one in (code.schedule, code.arguments))
+    zeros = torch.zeros(max(count, 1), dtype=torch.int64)
+    parents = zeros - 1
+    call = Call(
+        count, count, 1,
+        *(zeros.data_ptr(), parents.data_ptr(), zeros.data_ptr(), zeros.data_ptr(), None),
+        *(one.ctypes.data for one in (numbers, schedule, arguments)),
+        number, number + 1,
+    )  # fmt: skip
+    team = library.graft_open(threads)
+    library.graft_run(team, ctypes.byref(call))
+    library.graft_close(team)

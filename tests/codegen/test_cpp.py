@@ -40,9 +40,9 @@ NARROW = {
     ("family", "dtype"), [(family, dtype) for dtype, families in NARROW.items() for family in families], ids=str
 )
 def test_a_ragged_step_in_another_dtype_is_that_of_aten(family: str, dtype: torch.dtype) -> None:
-    # Where a router's experts tie within rounding, either choice is right; with these states none does.
-    seed = 1 if family == "gpt_oss" else 0
-    assert_same_step(compiled(family, dtype), function_of(family, dtype), call_of(TREES, LENGTHS), seed)
+    # Where a router's experts tie within rounding, either choice is right; with these tokens none does.
+    seed = 3 if family == "gpt_oss" else 0
+    assert_same_step(compiled(family, dtype), function_of(family, dtype), call_of(TREES, LENGTHS, seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -139,17 +139,18 @@ def test_the_source_is_the_same_every_time() -> None:
 
 
 def test_what_runs_through_aten_says_why() -> None:
-    kernels = [one for one in compiled("mixtral").cut.kernels if isinstance(one, AtenKernel)]
+    kernels = [one for one in compiled("deepseek_v3").cut.kernels if isinstance(one, AtenKernel)]
     assert kernels
     assert all(one.reason.startswith("no rule for ") for one in kernels)
-    assert not [one for one in compiled("llama").cut.kernels if isinstance(one, AtenKernel)]
+    for family in ("llama", "mixtral"):
+        assert not [one for one in compiled(family).cut.kernels if isinstance(one, AtenKernel)]
 
 
 def test_aten_within_a_step_needs_no_gradients() -> None:
     inputs, _ = call_of(TREES, LENGTHS)
     assert torch.is_grad_enabled()
-    executable = compiled("mixtral")
-    logits, _ = executable(*inputs, *random_states(function_of("mixtral")))
+    executable = compiled("deepseek_v3")
+    logits, _ = executable(*inputs, *random_states(function_of("deepseek_v3")))
     assert not logits.requires_grad and not executable.arena.requires_grad
 
 

@@ -26,7 +26,7 @@ SLOT, COUNT = 1, 7
 Decoded = tuple[Tensor, Tensor, list[Tensor]]
 """Logits [COUNT, vocabulary], hidden [COUNT, width], and the states' rows of these tokens."""
 
-# A window, softcap and two kinds of layers; another rotary layout; key dim unlike value dim and experts through ATen;
+# A window, softcap and two kinds of layers; another rotary layout; key dim unlike value dim and a router through ATen;
 # sinks; biases and learned positions.
 CASES: list[tuple[str, torch.dtype, Isa | None]] = [
     *(("gemma2", dtype, isa) for dtype in (torch.float32, torch.bfloat16) for isa in runnable()),

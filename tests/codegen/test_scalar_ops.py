@@ -198,6 +198,7 @@ def rearranged(dtype: torch.dtype) -> tuple[Rows, list[fx.Node]]:
     flipped = rows.call(aten.transpose.int, x, 1, 2)
     doubled = rows.call(aten.mul.Tensor, flipped, 2)
     back = rows.call(aten.transpose.int, doubled, 1, 2)
+    few = rows.input(torch.randn(ROWS, 3, 37, generator=generator, dtype=torch.float64).to(dtype))
     wide = rows.call(aten.unsqueeze.default, y, 1)
     left, right = rows.call(aten.slice.Tensor, x, 2, 0, 5), rows.call(aten.slice.Tensor, x, 2, 5, 10)
     odd = rows.call(aten.slice.Tensor, x, 2, 1, 10, 2)
@@ -216,6 +217,9 @@ def rearranged(dtype: torch.dtype) -> tuple[Rows, list[fx.Node]]:
         rows.call(aten.sum.dim_IntList, flipped, [1]),
         rows.call(aten.amax.default, x, [1], False),
         rows.call(aten.amin.default, doubled, [-1, -2]),
+        rows.call(aten.sum.dim_IntList, few, [1]),
+        rows.call(aten.sum.dim_IntList, rows.call(aten.mul.Tensor, few, 0.5), [1], True),
+        rows.call(aten.amax.default, few, [-2]),
         rows.call(aten.softmax.int, x, 1),
         rows.call(aten.softmax.int, back, -1),
         rows.call(aten.add.Tensor, reshaped, 1),

@@ -190,6 +190,25 @@ def test_a_merged_weight_that_is_computed_is_caught() -> None:
     assert checked(function).problem == "linear_rows reads a weight that is computed"
 
 
+@pytest.mark.parametrize(
+    ("place", "target", "args", "problem"),
+    [
+        (0, aten.slice.Tensor, (-1, 0, 8), "does not fit together"),
+        (1, aten.mul.Tensor, (2.0,), "experts that are computed"),
+        (2, aten.slice.Tensor, (-1, 0, 1), "does not fit together"),
+        (2, aten.add.Tensor, (0.5,), "does not fit together"),
+    ],
+    ids=["inputs", "experts", "slots", "index"],
+)
+def test_experts_that_do_not_fit_their_slots_are_caught(place: int, target: Any, args: tuple, problem: str) -> None:
+    function = program_of("mixtral", num_hidden_layers=1)["forward"].copy()
+    _, node = call_nodes(function.graph, [graft.expert_linear.default])
+    with function.graph.inserting_before(node):
+        changed = new_node(function.graph, target, (node.args[place], *args), like=node)
+    node.update_arg(place, changed)
+    assert problem in checked(function).problem
+
+
 MIXING: dict[str, tuple[Any, tuple]] = {
     "softmax.int along dim 1": (aten.softmax.int, (1,)),
     "cumsum along dim 1": (aten.cumsum.default, (-2,)),

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from graft.compiler.canonical import graft
 from graft.compiler.cost import Workload, function_cost, node_cost
+from graft.compiler.nodes import call_nodes
 from tests.families import build
 from tests.programs import program_of
 
@@ -60,6 +62,18 @@ def test_the_cost_of_one_node_is_a_formula_in_rows() -> None:
     linear = next(node for node in function.graph.nodes if "down_proj" in str(node.args))
     assert str(node_cost(function, linear).flops) == f"{2 * 96 * 64}*N"
     assert str(node_cost(function, linear).weights) == str(96 * 64 * 4)
+
+
+def test_no_more_experts_are_read_than_slots_choose_or_there_are() -> None:
+    function = program_of("mixtral", num_hidden_layers=1)["forward"]
+    (product, _) = call_nodes(function.graph, [graft.expert_linear.default])
+    cost, matrix = node_cost(function, product), 192 * 64
+    for rows, experts in ((1, 2), (2, 4), (9, 4)):
+        assert cost.at(Workload(rows=rows)).weights == experts * matrix * 4
+        assert cost.at(Workload(rows=rows)).products == 2 * (2 * rows) * matrix
+    one, two, many = (function_cost(function).at(Workload(rows=rows)).weights for rows in (1, 2, 9))
+    row = 64 * 4  # of the embedding
+    assert two - one == 2 * (matrix + 64 * 96) * 4 + row and many - two == 7 * row
 
 
 def test_merging_linears_changes_no_products() -> None:

@@ -198,21 +198,21 @@ def test_a_skipping_model_generates_what_it_says_with_drafts_and_without() -> No
     assert "regions skipped whole" in drafted.report()
 
 
-def test_experts_that_aten_runs_are_run_for_the_rows_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routers_that_aten_runs_are_run_for_the_rows_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
     options = SkipFFN(similarity=-1.0, skip=9, cold_first=1, cold_last=1, warmup=4)
-    program = program_of(build("qwen3_moe", num_hidden_layers=4), [*USUAL[:1], options, *USUAL[1:]])
+    program = program_of(build("phimoe", num_hidden_layers=4), [*USUAL[:1], options, *USUAL[1:]])
     with torch.no_grad():
         executable = CppExecutable(program["forward"])
     guarded = [kernel for kernel in executable.cut.kernels if kernel.guard and isinstance(kernel, AtenKernel)]
     ran: list[Any] = []
     evaluate = aten_rows.evaluate
     monkeypatch.setattr(aten_rows, "evaluate", lambda node, *rest: ran.append(node) or evaluate(node, *rest))
-    expert = guarded[0].nodes[-1]
+    router = guarded[0].nodes[-1]
     found = []
     for positions, rows in (([9, 9], 0), ([9, 2], 1), ([1, 2], 2)):
         ran.clear()
         found.append(call(executable, positions))
-        assert ran.count(expert) == rows
+        assert ran.count(router) == rows
     assert all(torch.equal(one[0], two[0]) for one, two in zip(*found[:2], strict=True))
 
 

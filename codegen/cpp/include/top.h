@@ -1,4 +1,4 @@
-// The best few of a row of logits.
+// The best few of a row.
 #pragma once
 #include "team.h"
 #include "vec.h"
@@ -8,14 +8,14 @@ namespace graft {
 constexpr int MOST_BEST = 64;
 
 // The best so far, best first; of equals the one that came first.
-struct Best {
+template <class T> struct Best {
     int size, held = 0;
-    float values[MOST_BEST];
+    T values[MOST_BEST];
     int64_t ids[MOST_BEST];
 
     explicit Best(int size) : size(size) {}
 
-    void take(float value, int64_t id) {
+    void take(T value, int64_t id) {
         if (held == size && !(value > values[size - 1])) return;
         int at = held < size ? held++ : size - 1;
         for (; at > 0 && value > values[at - 1]; --at) values[at] = values[at - 1], ids[at] = ids[at - 1];
@@ -25,7 +25,7 @@ struct Best {
 
 // ids[0 .. size) of the best of `width` logits. NaN is better than nothing.
 inline void best_of_row(const float* logits, int64_t width, int size, int64_t* ids) {
-    Best best(size);
+    Best<float> best(size);
     int64_t at = 0;
     for (; at < size; ++at) best.take(logits[at] == logits[at] ? logits[at] : -INFINITY, at);
     for (; at + LANES <= width; at += LANES) {

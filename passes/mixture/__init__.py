@@ -1,0 +1,1 @@
+"""Mixtures of experts: the parts of a captured one."""

@@ -17,7 +17,7 @@ class Progress:
     """Call it with what is being done now, such as "capturing LlamaForCausalLM"; use it as a context.
 
     On a terminal the current step is one live line with a spinner, and a bar where it is known how much of the work is
-    done; elsewhere every step is a line of its own, with the seconds since the start, so that a log shows where time went.
+    done; elsewhere every step is a line of its own, with the seconds since the start, for logs.
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:

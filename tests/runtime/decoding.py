@@ -182,6 +182,9 @@ class Bigram:
                  wanted: Tensor, *states: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         return self.table[tokens[wanted]], torch.zeros(len(tokens), 1)
 
+    def share_threads(self, beside: object) -> None:
+        """It has none."""
+
     def top(self, logits: Tensor, count: int) -> Tensor | None:
         return None
 

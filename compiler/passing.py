@@ -18,7 +18,7 @@ Contract = Literal["exact", "lossless", "approximate"]
 exact: Contract = "exact"
 """The same logits, within the dtype's tolerance (compiler/tolerance.py)."""
 lossless: Contract = "lossless"
-"""The target's functions are untouched; what is added can only draft."""
+"""The target's logits and states are untouched; what is added can only draft, or hand out hidden states to drafts."""
 approximate: Contract = "approximate"
 """The output may change; the report says by how much."""
 

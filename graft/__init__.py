@@ -49,11 +49,13 @@ from graft.compiler.plan import Plan, Tree
 from graft.compiling import compile
 from graft.loading import load
 from graft.passes.canonicalise import Canonicalise
+from graft.passes.clover_heads import CloverHeads
 from graft.passes.common_subexpression import CommonSubexpression
 from graft.passes.compress_kv import CompressKV
 from graft.passes.confidence_exit import ConfidenceExit
 from graft.passes.dead_code import DeadCode
 from graft.passes.drop_block import DropBlock
+from graft.passes.eagle_heads import EagleHeads
 from graft.passes.early_exit import EarlyExit
 from graft.passes.hydra_heads import HydraHeads
 from graft.passes.judge_head import JudgeHead
@@ -92,6 +94,7 @@ __all__ = [
     "ChainUntil",
     "CheckError",
     "CheckpointError",
+    "CloverHeads",
     "Codec",
     "CommonSubexpression",
     "CompiledModel",
@@ -106,6 +109,7 @@ __all__ = [
     "Drafter",
     "DropBlock",
     "DropCalibration",
+    "EagleHeads",
     "EarlyExit",
     "Eviction",
     "Fixed",

@@ -169,6 +169,7 @@ def decoder_of(
     packed = dict(panels or {})
     target: Decoder | None = None
     store = KVStore(target_states(program), program[TARGET].device)
+    own: dict[tuple[KVState, ...], KVStore] = {}  # a state of one name is one state among functions that draft too
     for function in sorted(program.functions.values(), key=lambda one: one.name != TARGET):
         function.lowered = executable = lower(function, backend, packed, target.executable if target else None)
         packed |= executable.panels
@@ -176,9 +177,12 @@ def decoder_of(
             target = Decoder(function, executable, vocabulary, positions, store)
         else:
             size = int(function.output.args[0][0].meta["val"].shape[-1])
-            shares = shares_state(function, target.function)
-            overlay = KVOverlay(store, function.states) if shares else None
-            target.functions[function.name] = Decoder(function, executable, size, positions, overlay)
+            held: KVStore | KVOverlay | None = None
+            if shares_state(function, target.function):
+                held = KVOverlay(store, function.states)
+            elif function.states:
+                held = own.setdefault(function.states, KVStore(function.states, function.device))
+            target.functions[function.name] = Decoder(function, executable, size, positions, held)
     assert target is not None
     return target
 

@@ -22,8 +22,9 @@ from graft.compiler.building import Builder
 from graft.compiler.canonical import aten
 from graft.compiler.nodes import Value, cat
 from graft.compiler.passing import Contract, Pass, View, lossless
-from graft.compiler.program import Input, KVState
-from graft.passes.heads.graphs import Installed, decoder_layer, install, rms_norm
+from graft.compiler.program import Input
+from graft.passes.heads.config import HeadsConfig
+from graft.passes.heads.graphs import Installed, decoder_layer, install
 from graft.passes.merge_linears import MergeLinears
 
 
@@ -46,28 +47,25 @@ class HydraHeads(Pass):
     def run(self, view: View) -> None:
         """A level's `tokens` are the last on the path, `token_k` those k before it; hidden is what unembeddings read,
         with a prefix layer of level 0 the layer's result."""
-        heads = install(view, self.folder, "hydra", self.function)
+        heads = install(view, self.folder, "hydra", HeadsConfig, self.function)
         for level in range(heads.config.heads):
             self.add_level(view, heads, level)
 
-    def add_level(self, view: View, heads: Installed, level: int) -> None:
+    def add_level(self, view: View, heads: Installed[HeadsConfig], level: int) -> None:
         """The function of one head."""
         name, prefix = f"{self.function}_{level}", heads.config.prefix if level == 0 else None
         earlier = [f"token_{back}" for back in range(level, 0, -1)]
-        inputs = [heads.hidden, *(Input(token, ("N",), torch.int64) for token in earlier)]
-        states = []
-        if prefix is not None:
-            # A state of the name of one of the target's would be the target's.
-            states = [KVState(f"{self.function}_kv", 1, prefix.kv_heads, prefix.head_dim, prefix.head_dim, heads.dtype)]
+        inputs = [heads.hidden(), *(Input(token, ("N",), torch.int64) for token in earlier)]
+        states = heads.states(1) if prefix is not None else []
         builder = Builder(view, name, inputs, states)
         hidden, written = builder["hidden"], list[Value]()
         if prefix is not None:
-            hidden, kv = decoder_layer(builder, hidden, heads.path("prefix"), prefix, states[0])
-            hidden, written = rms_norm(builder, hidden, heads.path("prefix.norm"), prefix.eps), [kv]
+            hidden, kv = decoder_layer(builder, heads, hidden, "prefix", builder[states[0].name])
+            hidden, written = heads.norm(builder, hidden, "prefix.norm"), [kv]
         read = cat([hidden, *(builder.embed(token, heads.table) for token in (*earlier, "tokens"))])
         straight, bent = (builder.linear(read, heads.path(f"{level}.{name}")) for name in ("residual", "input"))
         x = straight + bent.apply(aten.silu.default)
-        x = heads.blocks(builder, x, level)
+        x = heads.blocks(builder, x, level, heads.config.layers)
         logits = heads.logits(builder, builder.wanted(x), level)
         heads.finish(builder, logits, hidden if prefix is not None else x, *written)
         MergeLinears().run(View(view.program, view.by, (name,)))

@@ -22,6 +22,7 @@ from graft.compiler.building import Builder
 from graft.compiler.canonical import aten
 from graft.compiler.nodes import cat
 from graft.compiler.passing import Contract, Pass, View, lossless
+from graft.passes.heads.config import HeadsConfig
 from graft.passes.heads.graphs import install
 from graft.passes.merge_linears import MergeLinears
 
@@ -40,12 +41,12 @@ class MedusaHeads(Pass):
 
     def run(self, view: View) -> None:
         """The logits of all heads stand side by side, [R, heads * v]; hidden is the last head's."""
-        heads = install(view, self.folder, "medusa", self.function)
-        builder = Builder(view, self.function, [heads.hidden])
+        heads = install(view, self.folder, "medusa", HeadsConfig, self.function)
+        builder = Builder(view, self.function, [heads.hidden()])
         logits = []
         for head in range(heads.config.heads):
             first = builder.linear(builder["hidden"], heads.path(f"{head}.input"))
-            x = heads.blocks(builder, builder["hidden"] + first.apply(aten.silu.default), head)
+            x = heads.blocks(builder, builder["hidden"] + first.apply(aten.silu.default), head, heads.config.layers)
             logits.append(heads.logits(builder, builder.wanted(x), head))
         heads.finish(builder, cat(logits) if len(logits) > 1 else logits[0], x)
         MergeLinears().run(View(view.program, view.by, (self.function,)))

@@ -24,6 +24,7 @@ from graft.compiler.program import FLAT, Function, Input
 from graft.compiler.trunk import HIDDEN, Trunk, find_trunk
 from graft.passes.early_exit import check_exit
 from graft.passes.exit_adapter import attach_adapter
+from graft.passes.heads.taps import tapped
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class Split(Pass):
                 expected="one drafter that splits the target",
                 found=f"exits behind layers {', '.join(map(str, known))} and {', '.join(map(str, self.layers))}",
                 remedy="leave one of the two out; one that chooses among exits takes several layers",
+            )
+        if len(tapped(view.function.output.args[0][1])) > 1:
+            raise PassError(
+                f"{view.by} cuts a target of which another drafter reads streams",
+                expected="a target that only hands out its final hidden states",
+                found="streams inside it, beside them",
+                remedy="leave one of the two drafters out",
             )
         for layer in self.layers:
             check_exit(view.trunk, layer, view.by)

@@ -14,17 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from graft.passes.heads.config import HeadsConfig, Prefix
+from graft.passes.heads.config import Described, HeadsConfig
 from graft.passes.heads.dialects import CONFIG, WEIGHTS
+from graft.passes.heads.layer import DecoderLayer
 from tests.families import VOCABULARY
 
 MEDUSA = HeadsConfig("medusa", heads=3, width=64, vocabulary=VOCABULARY, layers=2)
 HYDRA = HeadsConfig("hydra", heads=3, width=64, vocabulary=VOCABULARY, layers=2, biased=True)
 SMALL = HeadsConfig("hydra", heads=3, width=64, vocabulary=40, unembedding="target", reduced=True)
-PREFIXED = replace(HYDRA, layers=1, prefix=Prefix(heads=4, kv_heads=4, head_dim=16, intermediate=96))
+PREFIXED = replace(HYDRA, layers=1, prefix=DecoderLayer(heads=4, kv_heads=4, head_dim=16, intermediate=96))
 
 
-def random_tensors(config: HeadsConfig, seed: int = 0) -> dict[str, Tensor]:
+def random_tensors(config: Described, seed: int = 0) -> dict[str, Tensor]:
     """Tensors that keep activations of order one; a draft vocabulary is every third token."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
@@ -37,7 +38,7 @@ def random_tensors(config: HeadsConfig, seed: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def write(folder: Path, config: HeadsConfig, tensors: Mapping[str, Tensor] | None = None) -> Path:
+def write(folder: Path, config: Described, tensors: Mapping[str, Tensor] | None = None) -> Path:
     """The heads in graft's own layout."""
     return write_files(folder, config.to_json(), tensors or random_tensors(config), WEIGHTS)
 
@@ -73,7 +74,7 @@ def reference_logits(
     return linear(x, own[tensors["draft_vocabulary"]] if config.reduced else own)
 
 
-def reference_prefix(prefix: Prefix, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+def reference_prefix(prefix: DecoderLayer, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     """A Llama decoder layer and the final norm over the hidden states [L, width] of one text."""
 
     def norm(x: Tensor, name: str) -> Tensor:

@@ -12,8 +12,9 @@ from graft.compiled import CompiledModel
 from graft.compiler.errors import CheckpointError
 from graft.compiler.shapes import attribute
 from graft.compiler.trunk import find_trunk
-from graft.passes.heads.config import HeadsConfig, Prefix
+from graft.passes.heads.config import HeadsConfig
 from graft.passes.heads.dialects import WEIGHTS
+from graft.passes.heads.layer import DecoderLayer
 from graft.training.features import Sample, Shards
 from graft.training.networks import HeadsNetwork
 from graft.training.options import TrainOptions
@@ -100,9 +101,9 @@ def tables(compiled: CompiledModel) -> tuple[Tensor, Tensor]:
     return found[0].detach(), found[1].detach()
 
 
-def prefix_of(compiled: CompiledModel) -> Prefix:
+def prefix_of(compiled: CompiledModel) -> DecoderLayer:
     """A prefix layer of the shape of the target's own layers."""
     config, state = compiled.generator.face.config, compiled.program["forward"].states[0]
     heads = int(config.num_attention_heads)
     inside = int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
-    return Prefix(heads, state.heads, int(config.hidden_size) // heads, inside)
+    return DecoderLayer(heads, state.heads, int(config.hidden_size) // heads, inside)

@@ -8,107 +8,64 @@
     draft_vocabulary                        int64 [v]: the target's token for each draft id; absent: all tokens
     prefix.q_proj.weight, ...               the prefix layer (Hydra++)
 
+The tensors of EAGLE-3 are in `passes/heads/eagle.py`, those of Clover-2 in `passes/heads/clover.py`.
 `passes/heads/dialects.py` reads what others publish into the same.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal, Self, get_args
 
 from torch import Tensor
 
 from graft.compiler.errors import CheckpointError
+from graft.passes.heads.layer import DecoderLayer, Shapes
 
 Kind = Literal["medusa", "hydra"]
 Unembedding = Literal["own", "shared", "target"]
 FORMAT = "graft draft heads"
 """What "format" says in the config.json of a folder in this layout."""
 
-Shapes = dict[str, tuple[int, ...]]
 
+class Described(ABC):
+    """What is common to the descriptions of all kinds of heads, which are frozen dataclasses."""
 
-@dataclass(frozen=True)
-class Prefix:
-    """The prefix layer of Hydra++: one Llama decoder layer and a norm over the hidden states, with its own KV."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    rope_theta: float = 10000.0
-    eps: float = 1e-6
-
-    def shapes(self, width: int) -> Shapes:
-        """Of its tensors."""
-        inside, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "prefix.input_norm.weight": (width,),
-            "prefix.q_proj.weight": (inside, width),
-            "prefix.k_proj.weight": (kv, width),
-            "prefix.v_proj.weight": (kv, width),
-            "prefix.o_proj.weight": (width, inside),
-            "prefix.post_norm.weight": (width,),
-            "prefix.gate_proj.weight": (self.intermediate, width),
-            "prefix.up_proj.weight": (self.intermediate, width),
-            "prefix.down_proj.weight": (width, self.intermediate),
-            "prefix.norm.weight": (width,),
-        }
-
-
-@dataclass(frozen=True)
-class HeadsConfig:
-    """Which heads these are."""
-
-    kind: Kind
-    heads: int
+    kind: Any
     width: int
-    """Of the target's hidden states and embeddings."""
+    """Of the heads' own hidden states and of the embeddings that they read."""
     vocabulary: int
     """Tokens that a head's logits are over."""
-    layers: int = 1
-    """Residual blocks of each head."""
-    unembedding: Unembedding = "own"
+    unembedding: Unembedding
     """What makes logits: a matrix of each head, one of all heads, or the target's, of which a reduced draft vocabulary
     takes the rows of its tokens."""
-    reduced: bool = False
+    reduced: bool
     """Whether `draft_vocabulary` says which of the target's tokens the logits are over."""
-    biased: bool = False
-    """Whether the heads' own unembeddings have a bias."""
-    prefix: Prefix | None = None
 
-    def __post_init__(self) -> None:
-        numbers = (self.heads, self.width, self.vocabulary, self.layers)
-        right = all(type(number) is int and number >= 1 for number in numbers)
-        right &= self.kind in get_args(Kind) and self.unembedding in get_args(Unembedding)
-        right &= self.prefix is None or self.kind == "hydra"
-        if not right:
-            raise CheckpointError(
-                "the description of draft heads is not right",
-                expected=f"kind {' or '.join(get_args(Kind))}, numbers of 1 or more, a prefix layer for hydra alone",
-                found=self,
-            )
+    @property
+    def target_width(self) -> int:
+        """Of the target's hidden states."""
+        return self.width
 
+    @property
+    def decoder_layer(self) -> DecoderLayer | None:
+        """The kind of the heads' decoder layers; None where they have none."""
+        return None
+
+    @abstractmethod
     def shapes(self) -> Shapes:
         """Every tensor that the heads have, by name."""
-        width, found = self.width, Shapes()
-        for head in range(self.heads):
-            inputs = width * (head + 2) if self.kind == "hydra" else width
-            found |= {f"{head}.input.weight": (width, inputs), f"{head}.input.bias": (width,)}
-            if self.kind == "hydra":
-                found |= {f"{head}.residual.weight": (width, inputs), f"{head}.residual.bias": (width,)}
-            for block in range(1, self.layers):
-                found |= {f"{head}.blocks.{block}.weight": (width, width), f"{head}.blocks.{block}.bias": (width,)}
-            if self.unembedding == "own":
-                found[f"{head}.unembedding.weight"] = (self.vocabulary, width)
-                if self.biased:
-                    found[f"{head}.unembedding.bias"] = (self.vocabulary,)
-        if self.unembedding == "shared":
-            found["unembedding.weight"] = (self.vocabulary, width)
-        if self.reduced:
-            found["draft_vocabulary"] = (self.vocabulary,)
-        return found | (self.prefix.shapes(width) if self.prefix else {})
+
+    def vocabulary_shapes(self) -> Shapes:
+        """Of what makes logits for all heads."""
+        found: Shapes = {"unembedding.weight": (self.vocabulary, self.width)} if self.unembedding == "shared" else {}
+        return found | ({"draft_vocabulary": (self.vocabulary,)} if self.reduced else {})
+
+    def wrong(self, expected: str) -> CheckpointError:
+        """The error for a description that contradicts itself."""
+        return CheckpointError("the description of draft heads is not right", expected=expected, found=self)
 
     def check(self, tensors: Mapping[str, Tensor], where: object) -> None:
         """Raise CheckpointError, naming them, for tensors that are missing, surplus or of another shape."""
@@ -127,18 +84,71 @@ class HeadsConfig:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in config.json."""
+        assert is_dataclass(self)
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: object) -> HeadsConfig:
+    def from_json(cls, data: Mapping[str, Any], where: object) -> Self:
         """From a config.json in graft's own layout; what else stands there is left to those who read it."""
+        assert is_dataclass(cls)
         given = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         try:
-            if given.get("prefix") is not None:
-                given["prefix"] = Prefix(**given["prefix"])
+            for name in given.keys() & {"prefix", "layer"}:
+                given[name] = None if given[name] is None else DecoderLayer(**given[name])
             return cls(**given)
         except TypeError as error:
             raise CheckpointError("the description of draft heads is not right", found=error, where=where) from error
+
+
+@dataclass(frozen=True)
+class HeadsConfig(Described):
+    """Medusa, Hydra or Hydra++."""
+
+    kind: Kind
+    heads: int
+    width: int
+    vocabulary: int
+    layers: int = 1
+    """Residual blocks of each head."""
+    unembedding: Unembedding = "own"
+    reduced: bool = False
+    biased: bool = False
+    """Whether the heads' own unembeddings have a bias."""
+    prefix: DecoderLayer | None = None
+    """Hydra++: a layer and a norm over the hidden states, in front of the heads."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.heads, self.width, self.vocabulary, self.layers)
+        right = all(type(number) is int and number >= 1 for number in numbers)
+        right &= self.kind in get_args(Kind) and self.unembedding in get_args(Unembedding)
+        right &= self.prefix is None or self.kind == "hydra"
+        if not right:
+            raise self.wrong(
+                f"kind {' or '.join(get_args(Kind))}, numbers of 1 or more, a prefix layer for hydra alone"
+            )
+
+    @property
+    def decoder_layer(self) -> DecoderLayer | None:
+        """See `Described.decoder_layer`."""
+        return self.prefix
+
+    def shapes(self) -> Shapes:
+        """See `Described.shapes`."""
+        width, found = self.width, Shapes()
+        for head in range(self.heads):
+            inputs = width * (head + 2) if self.kind == "hydra" else width
+            found |= {f"{head}.input.weight": (width, inputs), f"{head}.input.bias": (width,)}
+            if self.kind == "hydra":
+                found |= {f"{head}.residual.weight": (width, inputs), f"{head}.residual.bias": (width,)}
+            for block in range(1, self.layers):
+                found |= {f"{head}.blocks.{block}.weight": (width, width), f"{head}.blocks.{block}.bias": (width,)}
+            if self.unembedding == "own":
+                found[f"{head}.unembedding.weight"] = (self.vocabulary, width)
+                if self.biased:
+                    found[f"{head}.unembedding.bias"] = (self.vocabulary,)
+        if self.prefix is not None:
+            found |= self.prefix.shapes("prefix", width) | {"prefix.norm.weight": (width,)}
+        return found | self.vocabulary_shapes()
 
 
 def refuse(what: str, names: set[str], where: object) -> None:

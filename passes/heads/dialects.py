@@ -19,23 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from graft.compiler.errors import CheckpointError
-from graft.passes.heads.config import FORMAT, HeadsConfig, Prefix, refuse
+from graft.passes.heads.clover import CloverConfig, describe_clover, rename_clover
+from graft.passes.heads.config import FORMAT, Described, HeadsConfig, refuse
+from graft.passes.heads.eagle import EagleConfig, describe_eagle, rename_eagle
+from graft.passes.heads.layer import DecoderLayer, rename_layer
 
 CONFIG = "config.json"
 WEIGHTS = "heads.safetensors"
 """File of tensors in graft's own layout."""
-PREFIX_NAMES = {
-    "input_layernorm": "input_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "o_proj",
-    "post_attention_layernorm": "post_norm",
-    "mlp.gate_proj": "gate_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "down_proj",
-}
-"""transformers' names in a Llama decoder layer -> ours."""
 Tensors = dict[str, Tensor]
 
 
@@ -44,13 +35,15 @@ class Dialect:
     """How one publisher writes heads down."""
 
     name: str
+    kind: str
+    """Of its heads; "" where config.json says it."""
     files: tuple[str, ...]
     """Where the tensors may be, the first that exists counts."""
     matches: Callable[[Mapping[str, Any]], bool]
     """Whether a config.json is of this dialect."""
     rename: Callable[[str], str | None]
     """A tensor's name here -> ours; "" for what is known and not needed, None for what is not known."""
-    describe: Callable[[Mapping[str, Any], Tensors], HeadsConfig]
+    describe: Callable[[Mapping[str, Any], Tensors], Described]
     """The description, from config.json and the renamed tensors."""
 
 
@@ -83,7 +76,13 @@ def dialect_of(data: Mapping[str, Any], folder: str | Path) -> Dialect:
     )
 
 
-def read_heads(folder: str | Path) -> tuple[HeadsConfig, Tensors]:
+def kind_of(folder: str | Path) -> str:
+    """Which kind of heads a folder holds. Raises CheckpointError where nobody known wrote it."""
+    data = read_config(folder)
+    return dialect_of(data, folder).kind or str(data.get("kind"))
+
+
+def read_heads(folder: str | Path) -> tuple[Described, Tensors]:
     """The heads in a folder, tensors under graft's own names.
 
     Raises CheckpointError for a folder without heads, a dialect that is not known, a damaged file, and tensors that
@@ -221,8 +220,7 @@ def rename_hydra(name: str) -> str | None:
         return ""
     if inner == "norm.weight":
         return "prefix.norm.weight"
-    layer = inner.removeprefix("layers.0.").removesuffix(".weight")
-    return f"prefix.{PREFIX_NAMES[layer]}.weight" if layer in PREFIX_NAMES else None
+    return rename_layer(inner.removeprefix("layers.0."), "prefix")
 
 
 def describe_hydra(data: Mapping[str, Any], tensors: Tensors) -> HeadsConfig:
@@ -239,7 +237,7 @@ def describe_hydra(data: Mapping[str, Any], tensors: Tensors) -> HeadsConfig:
     if "prefix.q_proj.weight" in tensors and "prefix.gate_proj.weight" in tensors:
         inside, kv = (int(tensors[f"prefix.{one}_proj.weight"].shape[0]) for one in ("q", "k"))
         size = int(data.get("head_dim") or inside // int(data.get("num_attention_heads") or max(inside // 128, 1)))
-        prefix = Prefix(
+        prefix = DecoderLayer(
             inside // size,
             kv // size,
             size,
@@ -250,22 +248,40 @@ def describe_hydra(data: Mapping[str, Any], tensors: Tensors) -> HeadsConfig:
     return described("hydra", tensors, prefix=prefix)
 
 
+KINDS: dict[Any, type[Described]] = {
+    "medusa": HeadsConfig, "hydra": HeadsConfig, "eagle-3": EagleConfig, "clover-2": CloverConfig
+}  # fmt: skip
+"""What describes heads of a kind."""
+
+
+def describe_own(data: Mapping[str, Any], tensors: Tensors) -> Described:
+    """graft's own config.json."""
+    return KINDS.get(data.get("kind"), HeadsConfig).from_json(data, CONFIG)
+
+
+def is_eagle(data: Mapping[str, Any]) -> bool:
+    """Both layouts of EAGLE-3: speculators say it, SafeAILab's have the size of a draft vocabulary."""
+    kind = data.get("speculators_model_type")
+    return kind == "eagle3" or (kind is None and "draft_vocab_size" in data)
+
+
+HUB = ("model.safetensors", "pytorch_model.bin")
 DIALECTS = (
+    Dialect(FORMAT, "", (WEIGHTS,), lambda data: data.get("format") == FORMAT, lambda name: name, describe_own),
     Dialect(
-        FORMAT, (WEIGHTS,), lambda data: data.get("format") == FORMAT, lambda name: name,
-        lambda data, _: HeadsConfig.from_json(data, CONFIG),
-    ),
-    Dialect(
-        "Hydra", ("hydra_lm_head.safetensors", "hydra_lm_head.pt"), lambda data: "hydra_num_heads" in data,
+        "Hydra", "hydra", ("hydra_lm_head.safetensors", "hydra_lm_head.pt"), lambda data: "hydra_num_heads" in data,
         rename_hydra, describe_hydra,
     ),
     Dialect(
-        "Medusa", ("medusa_lm_head.safetensors", "medusa_lm_head.pt"), lambda data: "medusa_num_heads" in data,
-        rename_medusa, describe_medusa,
+        "Medusa", "medusa", ("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
+        lambda data: "medusa_num_heads" in data, rename_medusa, describe_medusa,
     ),
     Dialect(
-        "vLLM's Medusa", ("model.safetensors", "pytorch_model.bin"),
-        lambda data: data.get("model_type") == "medusa" and "num_heads" in data, rename_vllm, describe_vllm,
+        "vLLM's Medusa", "medusa", HUB, lambda data: data.get("model_type") == "medusa" and "num_heads" in data,
+        rename_vllm, describe_vllm,
     ),
+    Dialect("EAGLE-3", "eagle-3", HUB, is_eagle, rename_eagle, describe_eagle),
+    Dialect("Clover-2", "clover-2", HUB, lambda data: isinstance(data.get("clover"), dict), rename_clover,
+            describe_clover),
 )  # fmt: skip
 """Who writes heads down, and how. A configuration is of the first that it matches."""

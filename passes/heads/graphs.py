@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -15,41 +16,55 @@ from graft.compiler.nodes import Value, cat
 from graft.compiler.passing import View
 from graft.compiler.program import Function, Input, KVState
 from graft.compiler.shapes import attribute
-from graft.passes.heads.config import HeadsConfig, Kind, Prefix
+from graft.passes.heads.config import Described
 from graft.passes.heads.dialects import read_heads
+
+AnyConfig_co = TypeVar("AnyConfig_co", bound=Described, covariant=True)
 
 
 @dataclass(frozen=True)
-class Installed:
+class Installed(Generic[AnyConfig_co]):
     """Heads whose parameters are in the program's weights, and what they share with the target."""
 
-    config: HeadsConfig
+    config: AnyConfig_co
     at: str
     """Where the parameters are in the weights."""
     table: str
-    """Path of the target's embedding table."""
+    """Path of the embedding table that they read."""
     unembedding: str
     """Path, without ".weight", of what makes logits; "" where every head has its own."""
     dtype: torch.dtype
 
-    @property
-    def hidden(self) -> Input:
-        """The row input for the target's hidden state, [N, width]."""
-        return Input("hidden", ("N", self.config.width), self.dtype)
+    def hidden(self, width: int = 0) -> Input:
+        """The row input for the target's hidden states, [N, width], of their own width if none is given."""
+        return Input("hidden", ("N", width or self.config.target_width), self.dtype)
+
+    def states(self, layers: int) -> list[KVState]:
+        """The KV of the heads' decoder layers. One of the name of one of the target's would be the target's."""
+        spec = self.config.decoder_layer
+        assert spec is not None
+        sizes = (layers, spec.kv_heads, spec.head_dim, spec.head_dim)
+        return [KVState(f"{self.at}_kv", *sizes, self.dtype)]
 
     def path(self, name: str) -> str:
         """Path of one of the heads' tensors."""
         return f"{self.at}.{name}"
 
-    def logits(self, builder: Builder, x: Value, head: int) -> Value:
+    def logits(self, builder: Builder, x: Value, head: int = 0) -> Value:
         """[R, v] of [R, width]."""
         return builder.linear(x, self.unembedding or self.path(f"{head}.unembedding"))
 
-    def blocks(self, builder: Builder, x: Value, head: int) -> Value:
-        """The residual blocks behind the first: x + SiLU(W x + b) each."""
-        for block in range(1, self.config.layers):
+    def blocks(self, builder: Builder, x: Value, head: int, count: int) -> Value:
+        """The residual blocks behind the first, up to `count`: x + SiLU(W x + b) each."""
+        for block in range(1, count):
             x = x + builder.linear(x, self.path(f"{head}.blocks.{block}")).apply(aten.silu.default)
         return x
+
+    def norm(self, builder: Builder, x: Value, name: str) -> Value:
+        """A norm of the heads, with the epsilon of their decoder layers."""
+        spec = self.config.decoder_layer
+        assert spec is not None
+        return rms_norm(builder, x, self.path(name), spec.eps)
 
     def finish(self, builder: Builder, logits: Value, hidden: Value, *states: Value) -> Function:
         """Add the function that was built to the program."""
@@ -57,43 +72,55 @@ class Installed:
         return builder.finish(builder.wide(logits), hidden, *states, draft_vocabulary=reduced)
 
 
-def install(view: View, folder: Path, kind: Kind, at: str) -> Installed:
-    """Read the heads in a folder and put their parameters into the program's weights under `at`.
+def install(
+    view: View, folder: Path, kind: str, described: type[AnyConfig_co], at: str, *, embeds_outputs: bool = False
+) -> Installed[AnyConfig_co]:
+    """Read the heads in a folder, which are of a kind and of what describes it, and put their parameters into the
+    program's weights under `at`. `embeds_outputs` takes embeddings from the target's unembedding.
 
     Raises CheckpointError where they are of another kind or for a model of another width or vocabulary.
     """
     config, tensors = read_heads(folder)
     trunk, weights = view.trunk, view.function.weights
-    table, matrix = (path_of(node) for node in (trunk.embedding.args[0], trunk.unembedding.args[1]))
+    matrix = path_of(trunk.unembedding.args[1])
+    table = matrix if embeds_outputs else path_of(trunk.embedding.args[0])
     hidden = trunk.hidden.meta["val"]
     tokens, width = int(attribute(weights, matrix).shape[0]), int(hidden.shape[-1])
+    own = tensors.get("embedding.weight")
+    embedded = int((attribute(weights, table) if own is None else own).shape[1])
     chosen = tensors.get("draft_vocabulary")
-    fits = config.kind == kind and config.width == width and int(attribute(weights, table).shape[1]) == width
-    if config.reduced:
-        assert chosen is not None
+    fits = config.kind == kind and config.target_width == width and embedded == config.width
+    fits &= own is None or own.shape[0] >= tokens
+    if chosen is not None:
         fits &= chosen.dtype == torch.int64 and int(chosen.min()) >= 0 and int(chosen.max()) < tokens
     else:
         fits &= config.vocabulary == tokens
-    if not fits:
+    if not fits or not isinstance(config, described):
         raise CheckpointError(
             "the draft heads are not for this model",
             expected=f"kind {kind}, width {width}, {tokens} tokens or a choice of them",
-            found=f"kind {config.kind}, width {config.width}, {config.vocabulary} tokens",
+            found=f"kind {config.kind}, width {config.target_width}, {config.vocabulary} tokens",
             where=folder,
         )
     placed: dict[str, Tensor] = {
         name: tensor.to(view.function.device, hidden.dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in tensors.items()
     }
+    if own is not None and not placed["embedding.weight"].equal(attribute(weights, table)):
+        table = f"{at}.embedding.weight"
+    else:
+        placed.pop("embedding.weight", None)
     unembedding = f"{at}.unembedding" if config.unembedding == "shared" else ""
     if config.unembedding == "target":
         unembedding = matrix.removesuffix(".weight")
         if chosen is not None:
             unembedding = f"{at}.unembedding"
-            placed["unembedding.weight"] = attribute(weights, matrix).detach()[chosen.to(view.function.device)]
-    if config.prefix is not None:
-        frequencies = inverse_frequencies(config.prefix.head_dim, config.prefix.rope_theta)
-        placed["prefix.inverse_frequencies"] = frequencies.to(view.function.device)
+            held = getattr(weights.get_submodule(matrix.rpartition(".")[0]), "bias", None)
+            for name, tensor in (("weight", attribute(weights, matrix)), ("bias", held)):
+                if tensor is not None:
+                    placed[f"unembedding.{name}"] = tensor.detach()[chosen.to(view.function.device)]
+    if config.decoder_layer is not None:
+        placed["inverse_frequencies"] = config.decoder_layer.frequencies().to(view.function.device)
     add_parameters(view, at, placed)
     return Installed(config, at, table, unembedding, hidden.dtype)
 
@@ -109,10 +136,11 @@ def path_of(node: fx.Node) -> str:
 
 def rms_norm(builder: Builder, x: Value, path: str, eps: float) -> Value:
     """x / sqrt(mean(x^2) + eps) * weight, the division in float32 (float64 for float64), as in Llama."""
-    wide = x if x.dtype == torch.float64 else x.apply(aten._to_copy.default, dtype=torch.float32)
+    exact = x.dtype in (torch.float32, torch.float64)
+    wide = x if exact else x.apply(aten._to_copy.default, dtype=torch.float32)
     scale = ((wide * wide).apply(aten.mean.dim, [-1], True) + eps).apply(aten.rsqrt.default)
     normed = wide * scale
-    return (normed if x.dtype == wide.dtype else normed.apply(aten._to_copy.default, dtype=x.dtype)) * (
+    return (normed if exact else normed.apply(aten._to_copy.default, dtype=x.dtype)) * (
         builder.parameter(f"{path}.weight")
     )
 
@@ -124,25 +152,39 @@ def rotated(x: Value, cos: Value, sin: Value) -> Value:
     return x * cos + cat([-second, first]) * sin
 
 
-def decoder_layer(builder: Builder, x: Value, at: str, spec: Prefix, state: KVState) -> tuple[Value, Value]:
-    """One Llama decoder layer on rows [N, width] with a KV state of one layer; the result and the next state."""
-    rope = cosine_and_sine(builder, f"{at}.inverse_frequencies", x.dtype)
-    normed = rms_norm(builder, x, f"{at}.input_norm", spec.eps)
-    heads = []
-    for name, number in (("q_proj", spec.heads), ("k_proj", spec.kv_heads), ("v_proj", spec.kv_heads)):
-        projected = builder.linear(normed, f"{at}.{name}").apply(aten.reshape.default, [-1, number, spec.head_dim])
-        turned = projected if name == "v_proj" else rotated(projected, *rope)
-        heads.append(turned.apply(aten.unsqueeze.default, 0).apply(aten.transpose.int, 1, 2))
-    query, key, value = heads
+def decoder_layer(
+    builder: Builder,
+    heads: Installed[Described],
+    x: Value,
+    at: str,
+    state: Value,
+    layer: int = 0,
+    read: Value | None = None,
+) -> tuple[Value, Value]:
+    """One of the heads' decoder layers on rows [N, width]; the result and the next state, in whose layer `layer` its
+    keys and values are kept. Attention reads `read` where that is given, else the layer's norm of x."""
+    spec, path = heads.config.decoder_layer, heads.path(at)
+    assert spec is not None
+    rope = cosine_and_sine(builder, heads.path("inverse_frequencies"), x.dtype)
+    if read is None:
+        read = rms_norm(builder, x, f"{path}.input_norm", spec.eps)
+    turned = []
+    for name, number in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads)):
+        one = builder.linear(read, f"{path}.{name}_proj").apply(aten.reshape.default, [-1, number, spec.head_dim])
+        if name != "v":
+            one = rms_norm(builder, one, f"{path}.{name}_norm", spec.eps) if spec.head_norms else one
+            one = rotated(one, *rope)
+        turned.append(one.apply(aten.unsqueeze.default, 0).apply(aten.transpose.int, 1, 2))
+    query, key, value = turned
     rows = [builder[name] for name in ("sequences", "positions", "parents", "lengths")]
-    kv = builder[state.name].apply(graft.kv_append.default, key, value, rows[0], rows[3], 0)
+    kv = state.apply(graft.kv_append.default, key, value, rows[0], rows[3], layer)
     scale = spec.head_dim**-0.5
-    attended = kv.apply(graft.kv_attend.default, query, *rows, 0, scale, 0, 0.0, None)
+    attended = kv.apply(graft.kv_attend.default, query, *rows, layer, scale, 0, 0.0, None)
     flat = attended.apply(aten.reshape.default, [-1, spec.heads * spec.head_dim])
-    x = x + builder.linear(flat, f"{at}.o_proj")
-    normed = rms_norm(builder, x, f"{at}.post_norm", spec.eps)
-    gate = builder.linear(normed, f"{at}.gate_proj").apply(aten.silu.default)
-    return x + builder.linear(gate * builder.linear(normed, f"{at}.up_proj"), f"{at}.down_proj"), kv
+    x = x + builder.linear(flat, f"{path}.o_proj")
+    normed = rms_norm(builder, x, f"{path}.post_norm", spec.eps)
+    gate = builder.linear(normed, f"{path}.gate_proj").apply(aten.silu.default)
+    return x + builder.linear(gate * builder.linear(normed, f"{path}.up_proj"), f"{path}.down_proj"), kv
 
 
 def cosine_and_sine(builder: Builder, path: str, dtype: torch.dtype) -> tuple[Value, Value]:
@@ -153,8 +195,3 @@ def cosine_and_sine(builder: Builder, path: str, dtype: torch.dtype) -> tuple[Va
     found = [both.apply(function) for function in (aten.cos.default, aten.sin.default)]
     cos, sin = (one.apply(aten._to_copy.default, dtype=dtype) for one in found)
     return cos, sin
-
-
-def inverse_frequencies(size: int, theta: float) -> Tensor:
-    """float32 [size / 2]: theta ** (-2 i / size)."""
-    return theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)

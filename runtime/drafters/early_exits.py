@@ -23,7 +23,7 @@ from graft.compiler.passing import Pass
 from graft.passes.acceptance_head import ACCEPTANCE, AcceptanceHead
 from graft.passes.split import Split
 from graft.runtime.decoder import Decoder, Rows
-from graft.runtime.drafters.heads import run_rows
+from graft.runtime.drafters.head_levels import run_rows
 from graft.runtime.drafters.self_draft import SelfDrafting
 from graft.runtime.drafters.with_function import Growing, drawn_kind
 from graft.runtime.request import slot_of
@@ -203,7 +203,7 @@ class JudgedExitDrafting(ExitDrafting):
         logits = super().run(rows)
         stream = self.decoder.hidden
         assert stream is not None
-        found = run_rows(self.head, [[0]] * len(rows), list(stream.split(1)))
+        found, _ = run_rows(self.head, [[0]] * len(rows), list(stream.split(1)))
         chances = found.softmax(-1)[:, 1].tolist()
         self.chances |= dict(zip(zip(rows.slots, rows.positions, strict=True), chances, strict=True))
         return logits

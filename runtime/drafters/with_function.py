@@ -46,6 +46,8 @@ class Growing(GrowingTree):
     """A tree that a function answers behind a request's text in its cache."""
 
     slot: int
+    text: int
+    """Rows of the text in the cache."""
     root: Tensor
     """Logits [1, vocabulary] after the last token of the text."""
     kept: list[int] = field(default_factory=list)
@@ -58,18 +60,18 @@ class Growing(GrowingTree):
         before, self.kept = len(self.kept), [level[0] for level in shared]
         return len(self.kept) < before
 
-    def add_rows(self, rows: Rows) -> int:
-        """The rows of one call: the asked nodes, which are wanted, and the nodes above them that are not kept."""
+    def add_rows(self, rows: Rows) -> list[int]:
+        """Add the rows of one call: the asked nodes, which are wanted, and the nodes above them that are not kept.
+        Returns the node of each row."""
         needed = sorted({above for node in self.asked for above in self.tree.path(node)}.difference(self.kept))
         behind = self.kept[-1] if self.kept else ROOT
         place = {node: len(rows) + index for index, node in enumerate(needed)} | {behind: NO_PARENT}
-        last = len(self.context.tokens) - 1
         rows.wanted += [place[node] for node in self.asked]
         rows.slots += [self.slot] * len(needed)
         rows.tokens += [self.tree.tokens[node] for node in needed]
-        rows.positions += [last + len(self.tree.path(node)) for node in needed]
+        rows.positions += [self.text - 1 + len(self.tree.path(node)) for node in needed]
         rows.parents += [place[self.tree.parents[node]] for node in needed]
-        return len(needed)
+        return needed
 
 
 class FunctionDrafting(ABC):
@@ -98,6 +100,14 @@ class FunctionDrafting(ABC):
         """float32 logits [len(rows.wanted), vocabulary]; the rows are left uncommitted."""
         return self.decoder.forward(rows)
 
+    def run_nodes(self, rows: Rows, nodes: Sequence[tuple[Growing, int]]) -> Tensor:
+        """`run` of rows that are these nodes."""
+        return self.run(rows)
+
+    def text_rows(self, context: Context) -> int:
+        """How many rows the cache has of the text once it has caught up."""
+        return len(context.tokens)
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """See `Drafting.propose`; a text that has outgrown the function's positions gets an empty tree."""
         trees = [DraftTree(kind=self.kind, noise=self.noise(context)) for context in contexts]
@@ -121,7 +131,8 @@ class FunctionDrafting(ABC):
                 continue
             growth = self.policy.grow(tree, nodes, by_level=True)
             slot = self.slot(context)
-            growing[index] = Growing(context=context, slot=slot, root=root, tree=tree, growth=growth)
+            text = self.text_rows(context)
+            growing[index] = Growing(context=context, slot=slot, text=text, root=root, tree=tree, growth=growth)
         for one in growing.values():
             one.send(None)
         while any(not one.done for one in growing.values()):
@@ -133,13 +144,15 @@ class FunctionDrafting(ABC):
 
     def grow_level(self, growing: Sequence[Growing]) -> None:
         """Answer every tree's question: the root's from the logits at hand, the others' from one call for all."""
-        rows, counts = Rows(), {}
+        rows, counts, nodes = Rows(), dict[int, int](), list[tuple[Growing, int]]()
         deeper = [one for one in growing if one.asked != [ROOT]]
         for one in deeper:
             if one.keep_shared():
-                self.decoder.truncate(one.slot, len(one.context.tokens) + len(one.kept))
-            counts[one.slot] = one.add_rows(rows)
-        logits = self.run(rows) if deeper else None
+                self.decoder.truncate(one.slot, one.text + len(one.kept))
+            added = one.add_rows(rows)
+            counts[one.slot] = len(added)
+            nodes += [(one, node) for node in added]
+        logits = self.run_nodes(rows, nodes) if deeper else None
         for one in deeper:
             if len(one.asked) == 1:
                 self.decoder.commit(one.slot, range(counts[one.slot]))

@@ -229,7 +229,7 @@ def test_a_lossless_pass_may_add_functions() -> None:
     program = fresh()
     run(program, PipelineAdd())
     assert list(program.functions) == ["forward", "draft"]
-    assert program.records[0].check == "the target's functions are unchanged"
+    assert program.records[0].check == "the target's logits are unchanged"
 
 
 def test_a_pass_aimed_at_the_draft_may_not_touch_the_target() -> None:

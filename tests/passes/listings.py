@@ -34,6 +34,7 @@ OPERATORS: dict[str, Any] = {
     "addmm": aten.addmm.default,
     "bmm": aten.bmm.default,
     "cat": aten.cat.default,
+    "clamp": aten.clamp.default,
     "clone": aten.clone.default,
     "cos": aten.cos.default,
     "embedding": aten.embedding.default,

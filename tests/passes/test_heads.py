@@ -9,18 +9,24 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import fx
 
 from graft.compiler.errors import CheckpointError
 from graft.compiler.host import speculative_host
 from graft.compiler.nodes import call_nodes
 from graft.compiler.passing import Pass, View
+from graft.compiler.pipeline import run_passes
 from graft.compiler.program import FLAT, Function, Input
-from graft.passes import acceptance_head, hydra_heads, judge_head, medusa_heads
+from graft.compiler.trunk import find_trunk
+from graft.passes import acceptance_head, clover_heads, eagle_heads, hydra_heads, judge_head, medusa_heads
+from graft.passes.clover_heads import CloverHeads
+from graft.passes.eagle_heads import EagleHeads
 from graft.passes.heads.config import HeadsConfig
 from graft.passes.hydra_heads import HydraHeads
 from graft.passes.medusa_heads import MedusaHeads
 from tests.heads import random_tensors, write
-from tests.passes.listings import Sheet, expression, listings
+from tests.heads_layered import CLOVER, EAGLE
+from tests.passes.listings import Sheet, expression, first_call, listings
 from tests.programs import program_of
 
 MEDUSA = HeadsConfig("medusa", heads=2, width=64, vocabulary=131)
@@ -82,6 +88,78 @@ def test_the_docstring_of_the_judge_head_shows_what_it_does(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="does not fit"):
         save_file({"weight": torch.zeros(1, 32)}, tmp_path / judge_head.JUDGE_WEIGHTS)
         grafted(judge_head.JudgeHead(str(tmp_path)), "judge")
+
+
+EPSILON = 1e-6
+
+
+def sheet_of(width: int, names: dict[str, str]) -> Sheet:
+    """A sheet for heads that read rows of `width` numbers, with the parts that listings do not spell out."""
+    sheet = Sheet((*FLAT, Input("hidden", ("N", width), torch.float32)), dict.fromkeys(names.values(), (64,)))
+    call = {name: sheet[name] for name in ("add", "clamp", "mean", "mul", "rsqrt", "sum")}
+
+    def norm(x: fx.Node, weight: fx.Node) -> fx.Node:
+        mean = call["add"](call["mean"](call["mul"](x, x), [-1], True), EPSILON)
+        return call["mul"](call["mul"](x, call["rsqrt"](mean)), weight)
+
+    def unit(x: fx.Node) -> fx.Node:
+        return call["rsqrt"](call["clamp"](call["sum"](call["mul"](x, x), [-1], True), EPSILON**2))
+
+    sheet.update(norm=norm, unit=unit)
+    return sheet
+
+
+def renamed(nodes: list[fx.Node], names: dict[str, str]) -> list[str]:
+    """The nodes as expressions, parameters by the names of a listing."""
+    found = [expression(node) for node in nodes]
+    for path in sorted(names, key=len, reverse=True):
+        found = [text.replace(path, names[path]) for text in found]
+    return found
+
+
+def test_the_docstring_of_clover_heads_shows_what_it_does(tmp_path: Path) -> None:
+    function = grafted(CloverHeads(write(tmp_path / "heads", CLOVER)), "heads_1")
+    names = {f"heads.next.{one}.{part}": f"{short}_{one}" for one in "qkv" for part, short in
+             (("weight", "w"), ("bias", "b"))}  # fmt: skip
+    names |= {"heads.next.norm.weight": "n", "heads.next_head.weight": "w", "heads.next_head.bias": "b"}
+    names |= {"heads.head_norm.weight": "m", "lm_head.weight": "matrix"}
+    sheet = sheet_of(64, names)
+    sheet.update(table=sheet["matrix"], unembedding=sheet["matrix"])
+    shown = sheet.run(listings(clover_heads)[1])
+    assert [expression(node) for node in shown] == renamed(function.output.args[0], names)
+
+
+def test_the_docstring_of_eagle_heads_shows_what_it_does(tmp_path: Path) -> None:
+    function = grafted(EagleHeads(write(tmp_path / "heads", replace(EAGLE, taps=(1, 2)))), "heads_0")
+    names = {f"heads.layers.0.{one}_proj.weight": one for one in "qkv"}
+    names |= {"heads.layers.0.embedding_norm.weight": "n", "heads.layers.0.input_norm.weight": "m"}
+    names |= {"heads.fc.weight": "fc", "model.embed_tokens.weight": "table"}
+    shown = sheet_of(192, names).run(listings(eagle_heads)[1])
+    (feature,) = next(node for node in function.graph.nodes if node.target == "heads.fc.weight").users
+    projected = first_call(function, "linear_rows")
+    assert [expression(node) for node in shown] == renamed([feature, projected], names)
+
+
+def test_a_tap_hands_out_streams_behind_the_hidden_states_and_changes_nothing_else(tmp_path: Path) -> None:
+    program = program_of("llama").copy()
+    before = [str(node) for node in program["forward"].output.args[0]]
+    for name, taps in (("first", (1, 2)), ("second", (2, 3))):
+        folder = write(tmp_path / name, replace(EAGLE, taps=taps))
+        run_passes(program, [EagleHeads(folder, name)], facts={"canonical", "kv-cache"})  # refuses what is not lossless
+    logits, hidden, kv = program["forward"].output.args[0]
+    assert [str(logits), str(hidden.args[0][0]), str(kv)] == before
+    streams = [find_trunk(program["forward"].graph).layers[layer][0].stream for layer in (1, 2)]
+    streams.append(find_trunk(program["forward"].graph).exit)
+    assert [part.args[0] for part in hidden.args[0][1:]] == streams
+    assert program["first_0"].row_inputs[0].sizes[1] == 192 and program["second_0"].row_inputs[0].sizes[1] == 256
+
+
+def test_streams_are_read_in_front_of_the_second_the_middle_and_the_last_layers_but_two(tmp_path: Path) -> None:
+    program = program_of("llama", num_hidden_layers=8).copy()
+    EagleHeads(write(tmp_path / "heads", replace(EAGLE, taps=None))).run(View(program, "eagle-heads"))
+    layers = find_trunk(program["forward"].graph).layers
+    handed_out = program["forward"].output.args[0][1].args[0][1:]
+    assert [part.args[0] for part in handed_out] == [layers[layer][0].stream for layer in (2, 4, 5)]
 
 
 def test_the_target_is_left_as_it_was(tmp_path: Path) -> None:

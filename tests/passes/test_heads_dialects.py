@@ -113,8 +113,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(CONFIG)):
         read_heads(tmp_path)
-    (tmp_path / CONFIG).write_text(json.dumps({"speculators_model_type": "eagle3"}))
-    with pytest.raises(CheckpointError, match=r"does not know[^$]*Hydra, Medusa[^$]*eagle3"):
+    (tmp_path / CONFIG).write_text(json.dumps({"speculators_model_type": "dflash", "draft_vocab_size": 3}))
+    with pytest.raises(CheckpointError, match=r"does not know[^$]*Hydra, Medusa[^$]*dflash"):
         read_heads(tmp_path)
     folder = write(tmp_path / "cut", SMALL)
     content = (folder / WEIGHTS).read_bytes()

@@ -13,7 +13,7 @@ from torch import Tensor
 import graft
 from graft.compiler.drafting import ROOT, Context, DraftTree, Outcome
 from graft.passes.heads.config import HeadsConfig
-from graft.runtime.drafters.heads import HeadsDrafting, SequentialHeads
+from graft.runtime.drafters.head_levels import HeadsDrafting, SequentialHeads
 from graft.runtime.tree_policies import Fixed
 from tests.families import VOCABULARY, build
 from tests.heads import HYDRA, MEDUSA, PREFIXED, SMALL, random_tensors, reference_logits, reference_prefix, write

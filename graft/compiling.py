@@ -181,7 +181,8 @@ def decoder_of(
             if shares_state(function, target.function):
                 held = KVOverlay(store, function.states)
             elif function.states:
-                held = own.setdefault(function.states, KVStore(function.states, function.device))
+                held = own.get(function.states) or KVStore(function.states, function.device)
+                own[function.states] = held
             target.functions[function.name] = Decoder(function, executable, size, positions, held)
     assert target is not None
     return target

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graft.compiled import CompiledModel
 from graft.compiler.errors import CheckpointError
+from graft.passes.heads.taps import tapped
 from graft.runtime.decoder import Rows
 
 SHARD = 8192
@@ -152,7 +153,8 @@ def compute(
 ) -> dict[str, Tensor]:
     """Hidden states and the `count` likeliest next tokens at every position of one sequence; `stream` gives other
     hidden states than the final ones."""
-    decoder = compiled.decoder
+    decoder, final = compiled.decoder, tapped(compiled.decoder.function.output.args[0][1])[0]
+    width = int(final.meta["val"].shape[-1])
     kept, decoder.keeps_hidden = decoder.keeps_hidden, True
     slot = decoder.open()
     hidden, labels, shares = [], [], []
@@ -163,7 +165,7 @@ def compute(
             logits = decoder.forward(rows)
             assert decoder.hidden is not None
             best = logits.topk(count)
-            hidden.append(decoder.hidden)
+            hidden.append(decoder.hidden[:, :width])  # behind them may be streams that heads read
             labels.append(best.indices)
             shares.append((best.values - logits.logsumexp(-1, keepdim=True)).exp().float())
             decoder.commit(slot, range(len(chunk)))

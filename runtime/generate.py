@@ -16,7 +16,8 @@ from graft.compiler.errors import PlanError
 from graft.compiler.host import Host, exit_questions
 from graft.passes.judge_head import JUDGE
 from graft.runtime.decoder import Decoder, Rows
-from graft.runtime.drafters.heads import run_rows
+from graft.runtime.drafters.head_levels import run_rows
+from graft.runtime.drafters.text_rows import read_width
 from graft.runtime.run import PRIMITIVES, Run
 from graft.runtime.settings import ModelFace, Settings, resolve
 from graft.runtime.split import split_of
@@ -106,10 +107,11 @@ class Generator:
 def judge(decoder: Decoder, rows: Rows) -> Tensor:
     """[rows.wanted, 1]: what the judge head says of rows whose hidden states the target's latest call left."""
     assert decoder.hidden is not None
-    hidden = decoder.hidden
+    head = decoder.functions[JUDGE]
+    hidden = decoder.hidden[:, : read_width(head)]
     if len(rows.wanted) < len(rows):
         hidden = hidden[torch.tensor(rows.wanted, device=decoder.device)]
-    return run_rows(decoder.functions[JUDGE], [[0]] * len(hidden), [hidden])
+    return run_rows(head, [[0]] * len(hidden), [hidden])[0]
 
 
 def output(run: Run, settings: Settings) -> Tensor | GenerateDecoderOnlyOutput:

@@ -30,11 +30,12 @@ def export_heads(folder: str | Path, out: str | Path, model: PreTrainedModel) ->
     """
     config, tensors = read_heads(folder)
     width, vocabulary = model.config.get_text_config().hidden_size, model.config.get_text_config().vocab_size
-    if config.kind != "medusa" or config.biased or config.width != width:
+    biased = isinstance(config, HeadsConfig) and config.biased
+    if not isinstance(config, HeadsConfig) or config.kind != "medusa" or biased or config.width != width:
         raise CheckpointError(
             "these draft heads have no place in vLLM's layout",
             expected=f"medusa heads of width {width} without a bias behind them",
-            found=f"{config.kind} heads of width {config.width}{', biased' if config.biased else ''}",
+            found=f"{config.kind} heads of width {config.width}{', biased' if biased else ''}",
             where=folder,
         )
     if config.unembedding == "target":

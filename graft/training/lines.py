@@ -125,7 +125,7 @@ def places(compiled: CompiledModel, tokens: Sequence[int], options: TrainOptions
     """Judged tokens of one text, as features: at every `EVERY`th place another token than the text's, drawn from the
     target's `options.labels` likeliest ones, which stands for a draft's. Its hidden state, and as label 1 where the
     `options.ahead` tokens that the target likes best behind it share `RUN` in a row with the text that they replace."""
-    decoder, ahead = compiled.decoder, options.ahead
+    decoder, ahead, width = compiled.decoder, options.ahead, tables(compiled)[1].shape[1]
     draws = np.random.default_rng([options.seed, *tokens])
     kept, decoder.keeps_hidden = decoder.keeps_hidden, True
     slot, done = decoder.open(), 0
@@ -137,7 +137,7 @@ def places(compiled: CompiledModel, tokens: Sequence[int], options: TrainOptions
             token, share = another(logits, tokens[place], options.labels, draws)
             branch, text = [int(step(compiled, slot, [token], place).argmax())], tokens[place : place + ahead + RUN]
             assert decoder.hidden is not None
-            hidden = decoder.hidden.clone()
+            hidden = decoder.hidden[:, :width].clone()
             while len(branch) < ahead and not rejoins(branch, text):
                 branch.append(int(step(compiled, slot, branch[-1:], place + len(branch)).argmax()))
             decoder.truncate(slot, place)
@@ -145,7 +145,6 @@ def places(compiled: CompiledModel, tokens: Sequence[int], options: TrainOptions
     finally:
         decoder.close(slot)
         decoder.keeps_hidden = kept
-    width = tables(compiled)[1].shape[1]
     states = [hidden for _, hidden, _, _ in found] or [torch.zeros(0, width)]
     columns = {"tokens": 0, "labels": 2, "shares": 3}
     data = {name: torch.tensor([one[at] for one in found]) for name, at in columns.items()}

@@ -14,6 +14,7 @@ from graft.compiler.errors import PlanError
 from graft.compiler.passing import Pass
 from graft.passes.add_draft import AddDraft, check_changes
 from graft.runtime.decoder import Rows
+from graft.runtime.drafters.tables import TableDrafter
 from graft.runtime.drafters.with_function import FunctionDrafting, drawn_kind
 from graft.runtime.request import slot_of
 
@@ -39,6 +40,9 @@ class SelfDraft(Drafter):
     """Name of the function; several drafts of one plan need names of their own."""
     replacement: bool = True
     """Whether the children of a node are drawn independently, with `sample`, or all different."""
+    below: TableDrafter | None = None
+    """What drafts for the draft: `Lookup`, `Recycle` or `Trie`. Chains (`Chain`, `ChainUntil`) then grow by several
+    tokens a call of the function, and are the same chains (TriForce, 2404.11912)."""
 
     def __init__(
         self,
@@ -48,16 +52,34 @@ class SelfDraft(Drafter):
         candidates: int = 8,
         function: str = "self_draft",
         replacement: bool = True,
+        below: TableDrafter | None = None,
     ) -> None:
         given: dict[str, Any] = {
             "changes": (*passes, *changes), "sample": sample, "candidates": candidates,
-            "function": function, "replacement": replacement,
+            "function": function, "replacement": replacement, "below": below,
         }  # fmt: skip
         for name, value in given.items():
             object.__setattr__(self, name, value)
         check_changes(self.changes, "SelfDraft")
         if not 1 <= candidates <= 64:
             raise PlanError("candidates is out of range", expected="1 to 64", found=candidates, where="SelfDraft")
+        if below is not None and not isinstance(below, TableDrafter):
+            raise PlanError(
+                "a draft is drafted for by what finds tokens in the text",
+                expected="lookup, recycle or trie",
+                found=type(below).__name__,
+                where="SelfDraft.below",
+            )
+
+    @property
+    def observes(self) -> int:
+        """See `Drafter.observes`."""
+        return 0 if self.below is None else self.below.observes
+
+    @property
+    def observes_prompt(self) -> bool:
+        """See `Drafter.observes_prompt`."""
+        return self.below is not None and self.below.observes_prompt
 
     @property
     def kind(self) -> DraftKind:
@@ -72,7 +94,11 @@ class SelfDraft(Drafter):
     def open(self, target: Target, policy: TreePolicy) -> Drafting:
         """See `Drafter.open`."""
         decoder = target.functions[self.function]
-        return SelfDrafting(decoder, policy, candidates=self.candidates, kind=self.kind)
+        below = None
+        if self.below is not None:
+            below = self.below.open(target, policy)
+            below.key = f"below {self.function}, {below.key}"  # the plan may have the same drafter beside this one
+        return SelfDrafting(decoder, policy, candidates=self.candidates, kind=self.kind, below=below)
 
 
 class SelfDrafting(FunctionDrafting):
@@ -80,12 +106,18 @@ class SelfDrafting(FunctionDrafting):
 
     def begin(self, context: Context, prompt_best: np.ndarray | None, prompt_hidden: Tensor | None = None) -> None:
         """See `Drafting.begin`."""
+        if self.below is not None:
+            self.below.begin(context, prompt_best, prompt_hidden)
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """See `Drafting.observe`."""
+        if self.below is not None:
+            self.below.observe(context, outcome)
 
     def end(self, context: Context) -> None:
         """See `Drafting.end`; what an interrupted proposal left is forgotten."""
+        if self.below is not None:
+            self.below.end(context)
         self.decoder.close(slot_of(context))
 
     def slot(self, context: Context) -> int:

@@ -194,7 +194,15 @@ class TableDrafting:
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[int]) -> list[DraftTree]:
         """See `Drafting.propose`."""
-        return [self._grow(self._tables(context), budget) for context, budget in zip(contexts, budgets, strict=True)]
+        return [self.go_on(context, (), budget) for context, budget in zip(contexts, budgets, strict=True)]
+
+    def go_on(self, context: Context, tokens: Sequence[int], budget: int) -> DraftTree:
+        """What is proposed behind a text and some tokens that are not decided yet."""
+        tables = self._tables(context)
+        states = tables.root
+        for token in tokens:
+            states = tables.step(states, token)
+        return self._grow(tables, states, budget)
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """See `Drafting.observe`."""
@@ -209,11 +217,11 @@ class TableDrafting:
         assert isinstance(tables, Tables)
         return tables
 
-    def _grow(self, tables: Tables, budget: int) -> DraftTree:
+    def _grow(self, tables: Tables, root: list, budget: int) -> DraftTree:
         tree = DraftTree()
         if budget <= 0:
             return tree
-        states = {ROOT: tables.root}
+        states = {ROOT: root}
         tokens, parents = tree.tokens, tree.parents
         growth = self.policy.grow(tree, budget)
         try:

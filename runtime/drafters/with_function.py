@@ -3,6 +3,10 @@
 Shared by whatever drafts with a model of its own (`DraftModel`) and with a function of the target's program that
 shares the target's KV (`SelfDraft`). The rows of a chain count as committed while it grows, so each token is run once;
 where a tree branches, the nodes above a question are run again with it. In the end the cache is cut back.
+
+A chain may be drafted for in turn: a cheaper drafter guesses what the function will say, the guesses run in the same
+call as the node that was asked for, and as long as the policy asks for what was guessed, the answer is there already.
+The chain is the one that grows without, in fewer calls (TriForce's hierarchy, 2404.11912).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 from graft.compiler.drafting import ROOT, Candidates, Context, DraftKind, DraftTree, Growth, TreePolicy
 from graft.compiler.ops import NO_PARENT
 from graft.runtime.decoder import Decoder, Rows
+from graft.runtime.drafters.tables import TableDrafting
 from graft.runtime.random import drawn_node
 from graft.runtime.request import SAMPLING, Sampling
 from graft.runtime.verifiers import draw
@@ -50,6 +55,10 @@ class Growing(GrowingTree):
     """Rows of the text in the cache."""
     root: Tensor
     """Logits [1, vocabulary] after the last token of the text."""
+    nodes: int = 0
+    """How many it may have."""
+    guessed: DraftTree = field(default_factory=DraftTree)
+    """What is guessed to be asked behind the asked node, in the call that runs."""
     kept: list[int] = field(default_factory=list)
     """The path of nodes from the first level down that the cache holds behind the text."""
 
@@ -73,13 +82,31 @@ class Growing(GrowingTree):
         rows.parents += [place[self.tree.parents[node]] for node in needed]
         return needed
 
+    def add_guesses(self, rows: Rows) -> None:
+        """The rows of what is guessed, all wanted, behind that of the one asked node, which was added last."""
+        behind, depth = len(rows) - 1, self.text - 1 + len(self.tree.path(self.asked[0]))
+        rows.wanted += [behind + 1 + node for node in range(len(self.guessed))]
+        rows.slots += [self.slot] * len(self.guessed)
+        rows.tokens += self.guessed.tokens
+        rows.positions += [depth + len(self.guessed.path(node)) for node in range(len(self.guessed))]
+        rows.parents += [behind + 1 + parent for parent in self.guessed.parents]  # ROOT is the asked node's row
+
 
 class FunctionDrafting(ABC):
     """What the `Drafting`s of drafters that run a function share; a subclass says where the texts' KV comes from."""
 
-    def __init__(self, decoder: Decoder, policy: TreePolicy, *, candidates: int, kind: DraftKind) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        policy: TreePolicy,
+        *,
+        candidates: int,
+        kind: DraftKind,
+        below: TableDrafting | None = None,
+    ) -> None:
         """A node may have as many as `candidates` children: the best tokens, or for kinds that draw, draws from the
-        processed distribution, which the tree keeps as q."""
+        processed distribution, which the tree keeps as q. `below` guesses what chains will hold."""
+        self.below = below
         self.decoder, self.policy, self.kind = decoder, policy, kind
         self.sample = kind != "deterministic"
         self.candidates = candidates if policy.branches(kind) or not self.sample else 1
@@ -101,7 +128,7 @@ class FunctionDrafting(ABC):
         return self.decoder.forward(rows)
 
     def run_nodes(self, rows: Rows, nodes: Sequence[tuple[Growing, int]]) -> Tensor:
-        """`run` of rows that are these nodes."""
+        """`run` of rows that are these nodes; what is guessed has rows of its own between them."""
         return self.run(rows)
 
     def text_rows(self, context: Context) -> int:
@@ -130,9 +157,10 @@ class FunctionDrafting(ABC):
                 self.settle(context)
                 continue
             growth = self.policy.grow(tree, nodes, by_level=True)
-            slot = self.slot(context)
-            text = self.text_rows(context)
-            growing[index] = Growing(context=context, slot=slot, text=text, root=root, tree=tree, growth=growth)
+            slot, text = self.slot(context), self.text_rows(context)
+            growing[index] = Growing(
+                context=context, slot=slot, text=text, root=root, tree=tree, growth=growth, nodes=nodes
+            )
         for one in growing.values():
             one.send(None)
         while any(not one.done for one in growing.values()):
@@ -152,21 +180,54 @@ class FunctionDrafting(ABC):
             added = one.add_rows(rows)
             counts[one.slot] = len(added)
             nodes += [(one, node) for node in added]
+            one.guessed = self.guess(one)
+            one.add_guesses(rows)
         logits = self.run_nodes(rows, nodes) if deeper else None
-        for one in deeper:
-            if len(one.asked) == 1:
-                self.decoder.commit(one.slot, range(counts[one.slot]))
-                one.kept = one.tree.path(one.asked[0])
-            else:
-                self.decoder.rollback(one.slot)
         place = 0
         for one in growing:
             if one.asked == [ROOT] or logits is None:
-                answer = one.root
-            else:
-                answer = logits[place : place + len(one.asked)]
-                place += len(one.asked)
-            one.send(self.drawn(one, answer) if self.sample else self.best(one, answer))
+                one.send(self.answers(one, one.root))
+                continue
+            asked, behind = one.asked, place + len(one.asked)
+            place = behind + len(one.guessed)
+            if len(asked) > 1:
+                self.decoder.rollback(one.slot)
+                one.send(self.answers(one, logits[behind - len(asked) : behind]))
+                continue
+            one.kept = one.tree.path(asked[0])
+            one.send(self.answers(one, logits[behind - 1 : behind]))
+            right = self.follow(one, logits[behind:place])
+            count = counts[one.slot]
+            self.decoder.commit(one.slot, [*range(count), *(count + node for node in right)])
+
+    def guess(self, one: Growing) -> DraftTree:
+        """What is likely to be asked behind the one asked node, no more than the tree has room for; nothing where
+        several were asked."""
+        if self.below is None or len(one.asked) > 1:
+            return DraftTree()
+        room = one.nodes - len(one.tree) - 1  # the last node of a chain is never run
+        path = [one.tree.tokens[node] for node in one.tree.path(one.asked[0])]
+        return self.below.go_on(one.context, path, max(room, 0))
+
+    def follow(self, one: Growing, logits: Tensor) -> list[int]:
+        """Answer what is asked as long as it was guessed and goes on the kept path; the guessed nodes in question, in
+        order. `logits` [guessed, vocabulary]."""
+        right: list[int] = []
+        children, here = one.guessed.children(), ROOT
+        while len(one.asked) == 1 and one.tree.parents[one.asked[0]] == one.kept[-1]:
+            token = one.tree.tokens[one.asked[0]]
+            same = [node for node in children.get(here, ()) if one.guessed.tokens[node] == token]
+            if not same:
+                break
+            here = same[0]
+            right.append(here)
+            one.kept.append(one.asked[0])
+            one.send(self.answers(one, logits[here : here + 1]))
+        return right
+
+    def answers(self, one: Growing, logits: Tensor) -> list[Candidates]:
+        """What the policy is told of the nodes that it asked for."""
+        return self.drawn(one, logits) if self.sample else self.best(one, logits)
 
     def best(self, one: Growing, logits: Tensor) -> list[Candidates]:
         """The best tokens at each asked node, with their probabilities."""

@@ -104,6 +104,28 @@ def test_a_draft_may_read_compressed_what_the_target_reads_as_it_is(one: graft.C
     assert overlay.nbytes > 0 and "kv" not in fast.decoder.store.far
 
 
+def test_a_draft_of_the_draft_takes_fewer_calls_for_the_same_drafts() -> None:
+    """TriForce's hierarchy: lookup drafts for the draft that reads a part of the cache, which drafts for the target."""
+    ids, found = torch.tensor([PROMPT]), []
+    for below in (None, graft.Lookup()):
+        draft = graft.SelfDraft(graft.CompressKV(selection=graft.PageMeans(ratio=0.25, least=16)), below=below)
+        tree = graft.Tree(nodes=7, policy=graft.Chain())
+        plan = graft.Plan(draft=[draft], tree=tree, controller=graft.FixedBudget())
+        assert graft.Plan.from_toml(plan.to_toml()) == plan
+        fast, calls = graft.compile(tiny(), plan), list[Rows]()
+        function = fast.decoder.functions["self_draft"]
+
+        def counted(rows: Rows, forward: Any = function.forward, calls: list[Rows] = calls) -> Tensor:
+            calls.append(rows)
+            return forward(rows)
+
+        function.forward = counted  # type: ignore[method-assign, assignment]
+        assert torch.equal(fast.generate(ids, **GREEDY), compiled().generate(ids, **GREEDY))
+        found.append((fast.stats["accepted"], fast.stats["drafted"], len(calls)))
+    plain, guided = found
+    assert plain[:2] == guided[:2] and guided[2] < plain[2]
+
+
 def test_a_draft_on_a_dense_cache_cannot_read_queries() -> None:
     with pytest.raises(graft.StateError, match="finds none there"):
         compiled(draft=(graft.SelfDraft(graft.CompressKV(graft.KeyChannels(0.5))),))

@@ -108,6 +108,42 @@ def test_a_chain_runs_each_token_once_and_leaves_the_targets_rows_alone() -> Non
         target.rollback(fresh)
 
 
+class Guesses:
+    """What drafts for the draft: the same tokens everywhere, in a chain."""
+
+    def __init__(self, tokens: dict[int, int]) -> None:
+        self.tokens = tokens
+
+    def go_on(self, context: Context, tokens: list[int], budget: int) -> DraftTree:
+        tree, last = DraftTree(), tokens[-1]
+        while len(tree) < budget and last in self.tokens:
+            last = self.tokens[last]
+            tree.add(last, len(tree) - 1, 0.5)
+        return tree
+
+
+@pytest.mark.parametrize("wrong", [None, 1, 3])
+def test_a_chain_whose_tokens_are_guessed_takes_fewer_calls_and_is_the_same(wrong: int | None) -> None:
+    target, drafting, ran = overlaid()
+    slot, other = committed(target, [5, 6, 7]), committed(target, [5, 6, 7])
+    context = Context([5, 6, 7, 8], 3, {SLOT: slot})
+    (plain,) = drafting.propose([context], [6])
+    assert len(set(plain.tokens)) == 6 and len(ran) == 6  # or guessing by the token before would be no guess
+    ran.clear()
+    after = dict(zip(plain.tokens, plain.tokens[1:], strict=False))
+    if wrong is not None:
+        after[plain.tokens[wrong]] = 99
+    drafting.below = Guesses(after)  # type: ignore[assignment]
+    (tree,) = drafting.propose([context], [6])
+    assert (tree.tokens, tree.parents) == (plain.tokens, plain.parents)
+    tokens = plain.tokens
+    if wrong is None:
+        assert ran == [[8], tokens[:5]]
+    else:
+        assert ran == [[8], [*tokens[: wrong + 1], 99], tokens[wrong + 1 : 5]]
+    assert same_rows(target, target.store.tensors, slot, other) and drafting.decoder.store.lengths[slot] == 3
+
+
 def test_where_a_tree_branches_the_nodes_above_run_again() -> None:
     target, drafting, ran = overlaid()
     drafting.policy = Fixed(((0,), (0, 0), (1,), (0, 0, 0), (1, 0)))

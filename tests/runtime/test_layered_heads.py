@@ -168,17 +168,20 @@ def test_greedy_text_is_plain_decoding_on_families(family: str, tmp_path: Path) 
     assert fast.stats["drafted"] > 0
 
 
-@pytest.mark.parametrize("config", [EAGLE, SMALL_CLOVER], ids=["eagle-3", "clover-2"])
-def test_compiled_heads_draft_what_aten_drafts_and_outlive_their_folder(config: Described, tmp_path: Path) -> None:
-    model = build("gemma3_text" if isinstance(config, EagleConfig) else "llama")
-    folder = write(tmp_path / "heads", config)
-    expected = graft.compile(model, plan(folder), backend="aten")
+def test_compiled_heads_draft_what_aten_drafts_and_outlive_their_folders(tmp_path: Path) -> None:
+    """Both in one tree, which tap the target one behind the other."""
+    model = build("gemma3_text")
+    folders = [write(tmp_path / "eagle", EAGLE), write(tmp_path / "clover", SMALL_CLOVER)]
+    both = plan(folders[0], graft.Heads(folders[1], "clover"))
+    expected = graft.compile(model, both, backend="aten")
     text = expected.generate(IDS[:1], **OPTIONS)
-    fast = graft.compile(model, plan(folder), backend="cpp")
+    assert text.equal(model.generate(IDS[:1], **OPTIONS))
+    fast = graft.compile(model, both, backend="cpp")
     assert fast.generate(IDS[:1], **OPTIONS).equal(text)
     assert fast.stats["accepted"] == expected.stats["accepted"]
     fast.save(tmp_path / "saved")
-    folder.rename(tmp_path / "gone")
+    for folder in folders:
+        folder.rename(folder.with_name(f"{folder.name} gone"))
     back = graft.load(tmp_path / "saved")
     assert back.generate(IDS[:1], **OPTIONS).equal(text)
     assert back.stats["accepted"] == fast.stats["accepted"]

@@ -66,6 +66,7 @@ from graft.passes.merge_linears import MergeLinears
 from graft.passes.routed_ffn import RoutedFFN
 from graft.passes.skip_decode import SkipDecode
 from graft.passes.skip_ffn import SkipFFN
+from graft.passes.zero_computation_experts import ZeroComputationExperts
 from graft.runtime.controllers import Adaptive, FixedBudget
 from graft.runtime.drafters.draft_model import DraftModel
 from graft.runtime.drafters.early_exits import DEL, Kangaroo, LayerSkip
@@ -167,6 +168,7 @@ __all__ = [
     "Value",
     "Verifier",
     "View",
+    "ZeroComputationExperts",
     "approximate",
     "calibrate_drops",
     "calibrate_layer_parallel",

@@ -77,9 +77,11 @@ def restore(weights: nn.Module, panels: Mapping[str, Tensor]) -> None:
     for name, packed in panels.items():
         parent, _, last = name.rpartition(".")
         module = weights.get_submodule(parent)
-        parameter = module._parameters[last]
+        # A transposed view of a parameter is a buffer.
+        held = module._parameters if last in module._parameters else module._buffers
+        parameter = held[last]
         if parameter is not None and parameter.is_meta:
             check_panels(packed, parameter, name)
             if id(packed) not in found:
                 found[id(packed)] = nn.Parameter(unpack(packed, parameter.shape), requires_grad=False)
-            module._parameters[last] = found[id(packed)]
+            held[last] = found[id(packed)]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.codegen.cpp.isa import Isa, runnable
 from graft.codegen.cpp.library import Code, load, print_code
-from graft.codegen.cpp.memory import pack, unpack
+from graft.codegen.cpp.memory import pack, restore, unpack
 from graft.codegen.kernel_ir import Array, ExpertKernel, Kernel, TopKernel
 from graft.compiler.ops import expert_linear
 from tests.codegen.rows import run_kernel
@@ -166,6 +166,10 @@ def test_experts_are_packed_each_by_itself_and_back(dtype: torch.dtype) -> None:
     panels = pack(weights)
     assert torch.equal(panels[2], pack(weights[2]))
     assert torch.equal(unpack(panels, weights.shape), weights)
+    module = nn.Module()
+    module.register_buffer("transposed", torch.empty(weights.shape, dtype=dtype, device="meta"))
+    restore(module, {"transposed": panels})
+    assert torch.equal(module.transposed, weights)
 
 
 @pytest.mark.parametrize("isa", runnable(), ids=lambda isa: isa.name)

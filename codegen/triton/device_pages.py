@@ -70,34 +70,62 @@ def paged_attention(
         if tl.max(seen.to(tl.int32), 0) > 0:
             real, valid = seen[:, None] & (inner < KEPT)[None, :], seen[:, None] & (outer < VALUE)[None, :]
             number = tl.load(table + start // KEYS).to(tl.int64)
-            if len(CODES) > 1:
-                page, halves = pages + number * CODES[0] + HEAD, scales + (number * CODES[0] + HEAD) // 2
-                keys = key_codes(page, halves, entry[:, None], inner[None, :], real, KEPT, CODES)
-                values = value_codes(page, halves, entry[:, None], outer[None, :], valid, VALUE, CODES)
-                if q.dtype == tl.bfloat16:
-                    keys, values = to_bf16(keys), to_bf16(values)
-                keys, values = keys.to(q.dtype), values.to(q.dtype)
-            else:
-                if CODES[0] == 0:
-                    token = kv + (start + entry).to(tl.int64)[:, None] * WIDTH
-                else:
-                    rows_at = HEAD * 8 // q.dtype.primitive_bitwidth
-                    token = pages + number * CODES[0] + rows_at + entry[:, None] * (KEPT + VALUE)
-                keys = tl.load(token + inner[None, :], mask=real, other=0.0)
-                values = tl.load(token + KEPT + outer[None, :], mask=valid, other=0.0)
+            keys, values = page_entries(
+                kv, pages, scales, number, start, entry, real, valid,
+                WIDTH, HEAD, KEPT, VALUE, KEPT_LANES, VALUE_LANES, CODES, q.dtype,
+            )  # fmt: skip
+            own = q
             if NARROW:
                 size: tl.constexpr = CODES[0] if len(CODES) > 1 else CODES[0] * q.dtype.primitive_bitwidth // 8
                 channel = tl.load(numbers + number * size + inner, mask=inner < KEPT, other=0).to(tl.int32)
                 some = (lane < HEADS)[:, None] & (inner < KEPT)[None, :]
                 own = tl.load(queries + lane[:, None] * STRIDE + channel[None, :], mask=some, other=0.0)
-            else:
-                own = q
             top, total, gathered = with_block(own, keys, values, seen, top, total, gathered, SCALE, SOFTCAP)
     top, total, gathered = over_places(
         q, kv - base * WIDTH, cut, row, position, plain, place, above, rows, levels, top, total, gathered,
         KEY, VALUE, WIDTH, SCALE, SOFTCAP, KEY_LANES, VALUE_LANES,
     )  # fmt: skip
     return divide(gathered, tl.broadcast_to(total[:, None], [LANES, VALUE_LANES]))
+
+
+@triton.jit
+def page_entries(
+    kv: tl.tensor,
+    pages: tl.tensor,
+    scales: tl.tensor,
+    number: tl.tensor,
+    start: tl.tensor,
+    entry: tl.tensor,
+    real: tl.tensor,
+    valid: tl.tensor,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    KEPT: tl.constexpr,
+    VALUE: tl.constexpr,
+    KEPT_LANES: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
+    CODES: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """Keys [64, KEPT_LANES] and values [64, VALUE_LANES] of the page of that number, whose first entry is `start`; HEAD
+    bytes of a page stand in front of them. Zero where they are not `real` and `valid`."""
+    inner, outer = tl.arange(0, KEPT_LANES), tl.arange(0, VALUE_LANES)
+    if len(CODES) > 1:
+        page, halves = pages + number * CODES[0] + HEAD, scales + (number * CODES[0] + HEAD) // 2
+        keys = key_codes(page, halves, entry[:, None], inner[None, :], real, KEPT, CODES)
+        values = value_codes(page, halves, entry[:, None], outer[None, :], valid, VALUE, CODES)
+        if dtype == tl.bfloat16:
+            keys, values = to_bf16(keys), to_bf16(values)
+        keys, values = keys.to(dtype), values.to(dtype)
+    else:
+        if CODES[0] == 0:
+            token = kv + (start + entry).to(tl.int64)[:, None] * WIDTH
+        else:
+            rows_at = HEAD * 8 // dtype.primitive_bitwidth
+            token = pages + number * CODES[0] + rows_at + entry[:, None] * (KEPT + VALUE)
+        keys = tl.load(token + inner[None, :], mask=real, other=0.0)
+        values = tl.load(token + KEPT + outer[None, :], mask=valid, other=0.0)
+    return keys, values
 
 
 @triton.jit

@@ -63,17 +63,10 @@ def kv_attend_pages(
                 seen = seen & selected(queries, *stored, layer, selection, kv.dtype)
             path = torch.cat([torch.arange(start, committed, device=kv.device), place[ancestors[row]]])
             near = tail[:, path].to(keys.dtype)
+            both = torch.cat([keys, near[..., :key_dim]], 1)[None], torch.cat([values, near[..., key_dim:]], 1)[None]
             visible = torch.cat([seen, seen.new_ones(heads, 1, len(path))], dim=-1)
-            result = softmax_attention(
-                q[:, :, row : row + 1],
-                torch.cat([keys, near[..., :key_dim]], dim=1)[None],
-                torch.cat([values, near[..., key_dim:]], dim=1)[None],
-                visible.repeat_interleave(q.shape[1] // heads, dim=0),
-                scale,
-                softcap,
-                sinks,
-            )
-            out[row] = result[0, :, 0]
+            visible = visible.repeat_interleave(q.shape[1] // heads, dim=0)
+            out[row] = softmax_attention(q[:, :, row : row + 1], *both, visible, scale, softcap, sinks)[0, :, 0]
     return out[None]
 
 

@@ -35,7 +35,7 @@ MOVED_DIMS = frozenset({aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Ten
 def choose_experts(function: Function, view: View) -> None:
     """Bring every mixture whose slots are rows into the form above; others stay as they are."""
     for node in list(function.graph.nodes):
-        if node.target is aten.reshape.default and node.args[0] not in (None, node):
+        if node.target is aten.reshape.default:
             slots = Slots(node)
             if slots.find() and slots.products:
                 slots.rewrite(function, view)

@@ -272,8 +272,9 @@ class Verifier(ABC):
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """Its graph part: passes of contract lossless that add a function for the host program to run behind the
-        target, which scores rows. compile() runs them after the drafters', in a plan that drafts."""
+        """Its graph part: passes of contract lossless that add a function of hidden states, which scores rows, and have
+        the host program run it behind the target (host.scored_host). compile() runs them after the drafters', in a plan
+        that drafts."""
         return ()
 
     @abstractmethod

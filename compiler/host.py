@@ -32,6 +32,10 @@ PRIMITIVES: dict[str, str] = {
 """What the runtime provides beside the program's functions, each with its meaning."""
 
 
+SCORES = "scores"
+"""Name of what a function says of rows for verification."""
+
+
 @dataclass(frozen=True)
 class Call:
     """`outputs = function(arguments)`; all are names."""
@@ -81,6 +85,11 @@ class Host:
     def calls(self) -> list[str]:
         """The names that are called, in order of first appearance."""
         return list(dict.fromkeys(call.function for call in all_calls(self.body)))
+
+    @property
+    def scoring(self) -> str | None:
+        """The function that scores rows for verification (`scored_host`), if there is one."""
+        return next((call.function for call in all_calls(self.body) if call.outputs == (SCORES,)), None)
 
     def check(self, functions: Collection[str], primitives: Collection[str] = PRIMITIVES) -> None:
         """Raise CheckError unless every name is a name, every call has a target and every argument a value."""
@@ -161,8 +170,8 @@ def scored_host(host: Host, function: str) -> Host:
         for statement in body:
             match statement:
                 case Call("verify", arguments, outputs):
-                    yield Call(function, ("rows",), ("scores",))
-                    yield Call("verify", (*arguments, "scores"), outputs)
+                    yield Call(function, ("rows",), (SCORES,))
+                    yield Call("verify", (*arguments, SCORES), outputs)
                 case While(condition, inner):
                     yield While(condition, tuple(scored(inner)))
                 case If(condition, inner, orelse):

@@ -14,7 +14,6 @@ from graft.compiler.acceptance import check_lossless, kinds_of
 from graft.compiler.drafting import Controller, Drafter, TreePolicy, Verifier
 from graft.compiler.errors import PlanError
 from graft.compiler.host import Host, exit_questions
-from graft.passes.judge_head import JUDGE
 from graft.runtime.decoder import Decoder, Rows
 from graft.runtime.drafters.head_levels import run_rows
 from graft.runtime.drafters.text_rows import read_width
@@ -60,9 +59,9 @@ class Generator:
         functions = {decoder.function.name: decoder.forward}
         if exit_questions(decoder.functions):
             functions |= split_of(decoder).primitives()
-        if JUDGE in decoder.functions:
+        if host.scoring in decoder.functions:
             decoder.keeps_hidden = True
-            functions[JUDGE] = partial(judge, decoder)
+            functions[host.scoring] = partial(scores, decoder, decoder.functions[host.scoring])
         self.loop = host.load({**functions, **PRIMITIVES})
         self.lock = threading.RLock()
 
@@ -104,10 +103,9 @@ class Generator:
         return chosen
 
 
-def judge(decoder: Decoder, rows: Rows) -> Tensor:
-    """[rows.wanted, 1]: what the judge head says of rows whose hidden states the target's latest call left."""
+def scores(decoder: Decoder, head: Decoder, rows: Rows) -> Tensor:
+    """[rows.wanted, 1]: what a head says of rows whose hidden states the target's latest call left."""
     assert decoder.hidden is not None
-    head = decoder.functions[JUDGE]
     hidden = decoder.hidden[:, : read_width(head)]
     if len(rows.wanted) < len(rows):
         hidden = hidden[torch.tensor(rows.wanted, device=decoder.device)]

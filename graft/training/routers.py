@@ -23,7 +23,8 @@ from graft.compiler.program import Function
 from graft.compiler.shapes import attribute
 from graft.compiler.trunk import Block, find_trunk
 from graft.passes.routed_ffn import RoutedFFN
-from graft.passes.routing.config import CONFIG, WEIGHTS, RoutingConfig
+from graft.passes.routing.config import WEIGHTS, RoutingConfig
+from graft.passes.routing.folder import CONFIG
 from graft.passes.routing.parts import DenseFeedForward, has_bias, take_apart
 from graft.training.features import replace_text
 

@@ -7,21 +7,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from graft.compiler.errors import CheckpointError
 from graft.passes.routing.config import ascending
+from graft.passes.routing.folder import check_shapes, read_folder
 
-FORMAT = "graft zero-computation experts"
-CONFIG, WEIGHTS = "config.json", "experts.safetensors"
+FORMAT, WEIGHTS, WHAT = "graft zero-computation experts", "experts.safetensors", "zero-computation experts"
 
 
 @dataclass(frozen=True)
@@ -59,15 +56,7 @@ class ZeroComputationConfig:
             expected[f"{layer}.router"] = (self.count, width)
             if self.constant:
                 expected |= {f"{layer}.mix": (2 * self.constant, width), f"{layer}.vectors": (self.constant, width)}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != expected:
-            wrong = min(name for name in expected.keys() | found if expected.get(name) != found.get(name))
-            raise CheckpointError(
-                "the tensors of zero-computation experts do not fit their description and this model",
-                expected=f"{wrong} {list(expected.get(wrong, ())) or 'not there'}",
-                found=f"{wrong} {list(found.get(wrong, ())) or 'not there'}",
-                where=where,
-            )
+        check_shapes(expected, tensors, WHAT, where)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -76,19 +65,4 @@ class ZeroComputationConfig:
 
 def read_experts(folder: str | Path) -> tuple[ZeroComputationConfig, dict[str, Tensor]]:
     """A folder's description and tensors. Raises CheckpointError for what cannot be read."""
-    folder = Path(folder).expanduser()
-    try:
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        expected = f"{CONFIG} and {WEIGHTS}"
-        raise CheckpointError("experts cannot be read", expected=expected, found=error, where=folder) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError("these are no such experts", expected=f'"format": "{FORMAT}"', where=folder / CONFIG)
-    names = [field.name for field in fields(ZeroComputationConfig) if field.name in data]
-    given: dict[str, Any] = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
-    try:
-        return ZeroComputationConfig(**given), tensors
-    except TypeError as error:
-        problem = "the description of zero-computation experts is not right"
-        raise CheckpointError(problem, found=error, where=folder / CONFIG) from error
+    return read_folder(ZeroComputationConfig, Path(folder).expanduser(), FORMAT, WEIGHTS, WHAT)

@@ -6,21 +6,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from graft.compiler.errors import CheckpointError
+from graft.passes.routing.folder import check_shapes, read_folder
 
-FORMAT = "graft routers"
-CONFIG, WEIGHTS = "config.json", "routers.safetensors"
+FORMAT, WEIGHTS, WHAT = "graft routers", "routers.safetensors", "routers"
 
 
 @dataclass(frozen=True)
@@ -81,15 +78,7 @@ class RoutingConfig:
         expected: dict[str, tuple[int, ...]] = {}
         for layer in self.layers:
             expected |= {f"{layer}.weight": (self.outputs, self.width), f"{layer}.bias": (self.outputs,)}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != expected:
-            wrong = min(name for name in expected.keys() | found if expected.get(name) != found.get(name))
-            raise CheckpointError(
-                "the tensors of routers do not fit their description",
-                expected=f"{wrong} {list(expected.get(wrong, ())) or 'not there'}",
-                found=f"{wrong} {list(found.get(wrong, ())) or 'not there'}",
-                where=where,
-            )
+        check_shapes(expected, tensors, WHAT, where)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -105,19 +94,6 @@ def ascending(numbers: tuple[int, ...]) -> bool:
 def read_routers(folder: str | Path) -> tuple[RoutingConfig, dict[str, Tensor]]:
     """A folder's description and tensors. Raises CheckpointError for what cannot be read or does not fit together."""
     folder = Path(folder).expanduser()
-    try:
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        expected = f"{CONFIG} and {WEIGHTS}"
-        raise CheckpointError("routers cannot be read", expected=expected, found=error, where=folder) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError("this is no folder of routers", expected=f'"format": "{FORMAT}"', where=folder / CONFIG)
-    names = [field.name for field in fields(RoutingConfig) if field.name in data]
-    given: dict[str, Any] = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
-    try:
-        config = RoutingConfig(**given)
-    except TypeError as error:
-        raise CheckpointError("the description of routers is not right", found=error, where=folder / CONFIG) from error
+    config, tensors = read_folder(RoutingConfig, folder, FORMAT, WEIGHTS, WHAT)
     config.check(tensors, folder)
     return config, tensors

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import graft
+from graft.compiler.building import Builder
+from graft.compiler.canonical import aten
+from graft.compiler.host import scored_host
+from graft.compiler.passing import Contract, View, lossless
+from graft.compiler.program import Input
 from graft.training import TrainOptions, train_heads
 from graft.training.features import Texts
 from graft.training.lines import EVERY, places
@@ -90,6 +95,41 @@ def test_the_judge_reads_what_a_target_cut_in_two_leaves_and_is_saved_with_it(fo
     assert accepted_by_the_equations(folder, 0.5, ids[0].tolist(), len(PROMPT))[1] > 0
     fast.save(tmp_path / "saved")
     assert graft.load(tmp_path / "saved").generate(torch.tensor([PROMPT]), **options).equal(ids)
+
+
+@dataclass(frozen=True)
+class LikeSums(graft.Pass):
+    """A judge of one's own: the sum of what the unembedding reads."""
+
+    contract: ClassVar[Contract] = lossless
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical", "kv-cache"})
+
+    def run(self, view: View) -> None:
+        builder = Builder(view, "liking", [Input("hidden", ("N", 64), torch.float32)])
+        said = builder.wanted(builder["hidden"]).apply(aten.sum.dim_IntList, [-1], True).apply(aten.sigmoid.default)
+        builder.finish(said, builder["hidden"])
+        view.program.host = scored_host(view.program.host, "liking")
+
+
+@dataclass(frozen=True)
+class LossyOwn(graft.LossyJudge):
+    """A verifier of one's own that reads it."""
+
+    @property
+    def passes(self) -> tuple[graft.Pass, ...]:
+        return (LikeSums(),)
+
+
+def test_a_verifier_of_ones_own_brings_a_function_of_its_own(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(1, 64), "bias": torch.zeros(1)}, tmp_path / "judge.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    same = judged_by(tmp_path, 0.5, graft.Lookup(), graft.Recycle())
+    plan = replace(same.plan, verifier=LossyOwn(str(tmp_path)))
+    own = graft.compile(build("llama", eos_token_id=None), plan, backend="aten")
+    assert "scores = liking(rows)" in str(own.program.host)
+    ids = own.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False)
+    assert ids.equal(same.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False))
+    assert accepted_by_the_equations(tmp_path, 0.5, ids[0].tolist(), len(PROMPT))[1] > 0
 
 
 def test_what_a_plan_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from graft.compiler.pipeline import run_passes
 from graft.compiler.program import DENSE, Function, Program
 from graft.passes import routed_ffn
 from graft.passes.routed_ffn import RoutedFFN
-from graft.passes.routing.config import CONFIG, WEIGHTS, RoutingConfig
+from graft.passes.routing.config import WEIGHTS, RoutingConfig
+from graft.passes.routing.folder import CONFIG
 from tests.codegen.functions import call_of, random_states
 from tests.families import build
 from tests.passes.listings import Sheet, listings, outputs, run, transform

@@ -18,7 +18,8 @@ from graft.compiler.errors import CheckpointError, PassError
 from graft.compiler.passing import View
 from graft.compiler.program import DENSE, Function, Program
 from graft.passes import zero_computation_experts
-from graft.passes.mixture.config import CONFIG, WEIGHTS, ZeroComputationConfig
+from graft.passes.mixture.config import WEIGHTS, ZeroComputationConfig
+from graft.passes.routing.folder import CONFIG
 from graft.passes.zero_computation_experts import ZeroComputationExperts
 from tests.codegen.compiled import LENGTHS, TREES, assert_same_step
 from tests.codegen.functions import call_of
@@ -154,5 +155,5 @@ def test_other_mixtures_and_wrong_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="description of zero-computation experts is not right"):
         apply("mixtral")
     (tmp_path / CONFIG).write_text("[]")
-    with pytest.raises(CheckpointError, match="these are no such experts"):
+    with pytest.raises(CheckpointError, match="this is no folder of zero-computation experts"):
         apply("mixtral")

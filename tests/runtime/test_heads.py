@@ -46,6 +46,24 @@ def alone(model: Any) -> Tensor:
     return torch.stack([torch.cat([ids[~mask], text]) for ids, mask, text in zip(IDS, MASK.bool(), texts, strict=True)])
 
 
+def check_interrupted(fast: graft.CompiledModel) -> None:
+    """An interrupted call gives every slot back, and the next one runs to its end."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(ids: Tensor, scores: object) -> bool:
+        if ids.shape[1] > 12:
+            raise Stop
+        return False
+
+    with pytest.raises(Stop):
+        fast.generate(IDS, attention_mask=MASK, stopping_criteria=[stop], **OPTIONS)
+    for decoder in (fast.decoder, *fast.decoder.functions.values()):
+        assert len(decoder.store.free) == len(decoder.store.lengths)
+    assert fast.generate(IDS, attention_mask=MASK, **OPTIONS).shape[1] == IDS.shape[1] + 14
+
+
 @dataclass(frozen=True)
 class Made:
     """Heads on a model in float32."""
@@ -171,19 +189,7 @@ def test_a_head_learns_how_often_it_is_right_where_it_was_asked(made: Made) -> N
 
 
 def test_an_interrupted_call_leaves_nothing_behind(made: Made) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(ids: Tensor, scores: object) -> bool:
-        if ids.shape[1] > 12:
-            raise Stop
-        return False
-
-    with pytest.raises(Stop):
-        made.fast.generate(IDS, attention_mask=MASK, stopping_criteria=[stop], **OPTIONS)
-    for decoder in (made.fast.decoder, *made.fast.decoder.functions.values()):
-        assert len(decoder.store.free) == len(decoder.store.lengths)
-    assert made.fast.generate(IDS, attention_mask=MASK, **OPTIONS).shape[1] == IDS.shape[1] + 14
+    check_interrupted(made.fast)
 
 
 @pytest.mark.parametrize("family", EIGHT)

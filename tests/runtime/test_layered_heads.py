@@ -23,9 +23,15 @@ from graft.runtime.tree_policies import Fixed
 from tests.families import build
 from tests.heads import MEDUSA, random_tensors, write
 from tests.heads_layered import CLOVER, EAGLE, SMALL_CLOVER, WIDE, clover_logits, eagle_logits
-from tests.runtime.test_heads import IDS, MASK, OPTIONS, alone, plan
+from tests.runtime.test_heads import IDS, MASK, OPTIONS, alone, check_interrupted, plan
 
-CONFIGS = {"eagle-3": EAGLE, "eagle-3, every option": WIDE, "clover-2": CLOVER, "clover-2, 40 tokens": SMALL_CLOVER}
+CONFIGS = {
+    "eagle-3": EAGLE,
+    "eagle-3, a norm of all streams": replace(EAGLE, stream_norms="all"),
+    "eagle-3, every option": WIDE,
+    "clover-2": CLOVER,
+    "clover-2, 40 tokens": SMALL_CLOVER,
+}
 FAMILIES = {"gemma3_text": EAGLE, "gpt_neox": CLOVER, "phi": WIDE, "gemma2": SMALL_CLOVER}
 """Families and the heads that are put on them."""
 
@@ -143,18 +149,7 @@ def test_greedy_text_is_the_models_own_in_a_ragged_batch(made: Made) -> None:
 
 
 def test_an_interrupted_call_leaves_nothing_behind(made: Made) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(ids: Tensor, scores: object) -> bool:
-        if ids.shape[1] > 12:
-            raise Stop
-        return False
-
-    with pytest.raises(Stop):
-        made.fast.generate(IDS, attention_mask=MASK, stopping_criteria=[stop], **OPTIONS)
-    for decoder in (made.fast.decoder, *made.fast.decoder.functions.values()):
-        assert len(decoder.store.free) == len(decoder.store.lengths)
+    check_interrupted(made.fast)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

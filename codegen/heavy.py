@@ -87,6 +87,7 @@ def expert_kernel(node: fx.Node, views: Views, arrays: Arrays) -> ExpertKernel:
         (x.offset, index.offset),
         x.strides[-2] if x.dims[-2] > 1 else 0,
         weight.meta["val"].dtype,
+        weight.meta["val"].mT.is_contiguous() and not weight.meta["val"].is_contiguous(),
     )
 
 

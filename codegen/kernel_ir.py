@@ -176,6 +176,8 @@ class ExpertKernel(Kernel):
     stride: int = 0
     """Elements from one slot's input to the next; 0 where a row's slots share theirs."""
     weight_dtype: torch.dtype = torch.float32
+    transposed: bool = False
+    """Whether the parameter is stored as [experts, depth, outputs]."""
 
 
 @dataclass(frozen=True)

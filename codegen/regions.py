@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from graft.compiler.program import Function
 from graft.compiler.shapes import attribute
 
 
-def cut(function: Function, without: frozenset[Callable] = frozenset()) -> Kernels:
-    """The kernels of a function on flat rows, in the order in which they run; ATen runs the operators `without`.
+def cut(function: Function) -> Kernels:
+    """The kernels of a function on flat rows, in the order in which they run.
 
     Raises LoweringError for a function that is not on flat rows.
     """
@@ -43,7 +42,7 @@ def cut(function: Function, without: frozenset[Callable] = frozenset()) -> Kerne
         )
     own = function.copy()
     tokens, wanted = (own.placeholder(name).meta["val"].shape[0].node.expr for name in ("tokens", "wanted"))
-    state = Cut(own, own.graph, {tokens: "N", wanted: "R"}, without)
+    state = Cut(own, own.graph, {tokens: "N", wanted: "R"})
     for node in list(own.graph.nodes):
         if node.op != "output":
             visit(state, node)

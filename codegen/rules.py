@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +56,6 @@ class Cut:
     graph: fx.Graph
     rows: dict[Any, str]
     """Symbol -> "N" or "R"."""
-    without: frozenset[Callable] = frozenset()
-    """Operators that the backend has no kernels for, of those that a backend need not have."""
     views: dict[fx.Node, View] = field(default_factory=dict)
     forms: dict[fx.Node, Form] = field(default_factory=dict)
     constant: set[fx.Node] = field(default_factory=set)
@@ -196,8 +193,6 @@ def fits(state: Cut, node: fx.Node, form: Form) -> bool:
 
 def heavy(state: Cut, node: fx.Node) -> bool:
     """Make the node a kernel of its own, if it is a matmul, a gather or attention that there is a kernel for."""
-    if node.target in state.without:
-        return False
     if node.target is graft.expert_linear.default:
         ours = experts_fit(state, node)
     elif node.target is aten.topk.default:

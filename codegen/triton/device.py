@@ -171,35 +171,34 @@ def product(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 @triton.jit
 def multiply(
     x: tl.tensor,
+    real: tl.tensor,
     weight: tl.tensor,
-    row: tl.tensor,
-    rows: tl.tensor,
     output: tl.tensor,
     outputs: tl.tensor,
     part: tl.tensor,
-    STRIDE: tl.constexpr,
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
     STEPS: tl.constexpr,
     COLUMN: tl.constexpr,
     STORED: tl.constexpr,
+    NEXT: tl.constexpr = 1,
 ) -> tl.tensor:
     """[block of rows, block of outputs] float32: one part of the products' inner dim, in steps from first to last.
 
-    x [rows, STRIDE] of which the first DEPTH of a row count, weight [.., STORED] of which the DEPTH from COLUMN on do;
-    `row` and `output` are the numbers of the tile's rows and outputs, those from `rows` and `outputs` on beyond the
-    end. A part is STEPS steps of STEP.
+    x is where the DEPTH inputs of each row of the tile start, of those rows that are `real`; `output` are the numbers
+    of the tile's outputs, those from `outputs` on beyond the end. The weights of an output lie STORED elements behind
+    those of the one before it, NEXT apart, and the DEPTH from COLUMN on count. A part is STEPS steps of STEP.
     """
-    sums = tl.zeros([row.shape[0], output.shape[0]], tl.float32)
+    sums = tl.zeros([x.shape[0], output.shape[0]], tl.float32)
     inner = tl.arange(0, STEP)
     last = tl.minimum((part + 1) * STEPS, tl.cdiv(DEPTH, STEP))
     for step in range(part * STEPS, last):
         at = step * STEP + inner
-        real_x, real_w = row[:, None] < rows, output[:, None] < outputs
+        real_x, real_w = real[:, None], output[:, None] < outputs
         if DEPTH % STEP:
             real_x, real_w = real_x & (at < DEPTH)[None, :], real_w & (at < DEPTH)[None, :]
-        x_tile = tl.load(x + row.to(tl.int64)[:, None] * STRIDE + at[None, :], mask=real_x, other=0.0)
-        place = output.to(tl.int64)[:, None] * STORED + COLUMN + at[None, :]
+        x_tile = tl.load(x[:, None] + at[None, :], mask=real_x, other=0.0)
+        place = output.to(tl.int64)[:, None] * STORED + (COLUMN + at)[None, :] * NEXT
         w_tile = tl.load(weight + place, mask=real_w, other=0.0)
         sums += product(x_tile, tl.trans(w_tile))
     return sums

@@ -26,7 +26,6 @@ from graft.codegen.skips import SkipCount
 from graft.codegen.triton.layout import lay_out, levels_of
 from graft.codegen.triton.library import Launch, load, print_code
 from graft.codegen.triton.pages import views_of
-from graft.compiler.canonical import aten, graft
 from graft.compiler.errors import LoweringError
 from graft.compiler.kv.codecs import PAGE
 from graft.compiler.program import Function, KernelRecord, KVState
@@ -34,8 +33,6 @@ from graft.compiler.shapes import attribute
 
 ABSENT = {"sequences": -1, "parents": -1}
 """What the rows are filled up with, where not with 0, that a bucket has beyond those of the call."""
-WITHOUT = frozenset({graft.expert_linear.default, aten.topk.default})
-"""Operators that ATen runs: those of mixtures of experts."""
 MOST_ROWS = 64
 """Steps of at most so many rows run in buckets, as CUDA graphs; larger ones are bound by their work, not launches."""
 MOST_GRAPHS = 16
@@ -75,7 +72,7 @@ class TritonExecutable:
         self.device = function.device
         check_device(self.device)
         with torch.no_grad():
-            self.cut: Kernels = cut(function, WITHOUT)
+            self.cut: Kernels = cut(function)
         self.code = print_code(self.cut.kernels)
         self.module = load(self.code.source)
         self.mixed = any(isinstance(step, AtenKernel) for step in self.code.steps)
@@ -290,9 +287,11 @@ class TritonExecutable:
         return partial(function, *arguments, num_warps=warps, num_stages=printed.stages, enable_fp_fusion=False)
 
     def parameter(self, name: str) -> Tensor:
-        """The parameter of "weight NAME" or "bias NAME", as the model holds it."""
+        """The parameter of "weight NAME" or "bias NAME", as the model holds it, or of "transposed NAME"."""
         if name not in self.parameters:
-            self.parameters[name] = attribute(self.function.weights, name.partition(" ")[2]).detach().contiguous()
+            form, _, path = name.partition(" ")
+            held = attribute(self.function.weights, path).detach()
+            self.parameters[name] = (held.mT if form == "transposed" else held).contiguous()
         return self.parameters[name]
 
     def aten(self, kernel: AtenKernel, named: dict[str, Any], bucket: Bucket) -> Step:

@@ -19,13 +19,16 @@ from graft.codegen.kernel_ir import (
     AtenKernel,
     AttendKernel,
     AttendPagesKernel,
+    ExpertKernel,
     GatherKernel,
     Guard,
     Kernel,
     MatmulKernel,
     RowKernel,
+    TopKernel,
 )
 from graft.codegen.triton.attention import print_append, print_attend
+from graft.codegen.triton.experts import print_experts, print_top
 from graft.codegen.triton.matmul import print_gather, print_matmul
 from graft.codegen.triton.pages import print_attend_pages
 from graft.codegen.triton.printed import Printed
@@ -41,6 +44,7 @@ from graft.codegen.triton.device import (
     attention, divide, exp, expm1, larger, largest, log1p, multiply, power, smaller, smallest, square_root, tanh,
     to_bf16,
 )
+from graft.codegen.triton.device_experts import CHOSEN, before, expert_of, largest_few, together
 from graft.codegen.triton.device_pages import paged_attention
 """
 
@@ -76,6 +80,10 @@ def print_kernel(kernel: Kernel) -> tuple[Printed, ...]:
             return (print_rows(kernel),)
         case MatmulKernel():
             return print_matmul(kernel)
+        case ExpertKernel():
+            return (print_experts(kernel),)
+        case TopKernel():
+            return (print_top(kernel),)
         case GatherKernel():
             return (print_gather(kernel),)
         case AppendKernel():

@@ -67,8 +67,9 @@ def print_matmul(kernel: MatmulKernel) -> tuple[Printed, ...]:
         "last = " + pick([f"tile * 0 + {end}" for _, end in kernel.ranges], tiles),
         "shift = " + pick([f"tile * 0 + {shift}" for shift in shifts(kernel)], tiles),
         f"output = first + tl.arange(0, {cut.outputs})",
-        f"sums = multiply({source}, weight, row, rows, output, last, part, {x.width}, {kernel.depth}, "
-        f"{cut.step}, {cut.steps}, {column}, {stored})",
+        f"x = {source} + row.to(tl.int64) * {x.width}",
+        f"sums = multiply(x, row < rows, weight, output, last, part, {kernel.depth}, {cut.step}, {cut.steps}, "
+        f"{column}, {stored})",
         "real = (row < rows)[:, None] & (output < last)[None, :]",
     ]
     weights = [(f"w{piece}", f"*{kind}", f"weight {name}") for piece, name in enumerate(kernel.weights)]

@@ -17,46 +17,37 @@ from torch import Tensor, nn
 from graft.codegen.cpp.isa import Isa, runnable
 from graft.codegen.cpp.library import Code, load, print_code
 from graft.codegen.cpp.memory import pack, restore, unpack
-from graft.codegen.kernel_ir import Array, ExpertKernel, Kernel, TopKernel
 from graft.compiler.ops import expert_linear
+from tests.codegen.experts import (
+    BIASED,
+    COUNT,
+    DTYPES,
+    EXPERTS,
+    KINDS,
+    OUTPUTS,
+    SHARED,
+    SLOTS,
+    WIDTH,
+    choice,
+    inputs,
+    largest,
+    numbers,
+    parameters,
+    product,
+    reference,
+)
 from tests.codegen.rows import run_kernel
-
-EXPERTS, OUTPUTS, DEPTH, SLOTS = 5, 44, 33, 3
-"""Panels and pairs of inputs that are not full."""
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
-SHARED, OWN, BIASED = "slots share the input", "slots have inputs of their own", "with biases"
-KINDS = (SHARED, OWN, BIASED)
-WIDTH, COUNT = 37, 6
-
-
-def kernels() -> list[Kernel]:
-    """Of every dtype one of each kind, then the choice of the largest."""
-    found: list[Kernel] = []
-    for dtype in DTYPES:
-        for kind in KINDS:
-            own = kind != SHARED
-            x = Array("x", dtype, DEPTH * (SLOTS if own else 1), "N")
-            arrays = (x, Array("index", torch.int64, SLOTS, "N"), Array("out", dtype, SLOTS * OUTPUTS, "N"))
-            bias, stride = "bias" if kind == BIASED else "", DEPTH if own else 0
-            sizes = (EXPERTS, SLOTS, DEPTH, OUTPUTS, (0, 0), stride)
-            found.append(ExpertKernel(arrays, (), "experts", bias, *sizes, weight_dtype=dtype))
-    for dtype in DTYPES:
-        results = Array("values", dtype, 2 * COUNT, "N"), Array("ids", torch.int64, 2 * COUNT, "N")
-        found.append(TopKernel((Array("x", dtype, 2 * WIDTH, "N"), *results), (), 0, 2, WIDTH, COUNT))
-    return found
 
 
 @functools.cache
 def code() -> Code:
-    return print_code(tuple(kernels()), frozenset(), {})
+    """For every dtype products of each kind, then choices of the largest."""
+    kernels = [product(dtype, kind) for dtype in DTYPES for kind in KINDS]
+    return print_code((*kernels, *(choice(dtype) for dtype in DTYPES)), frozenset(), {})
 
 
 def run(isa: Isa, number: int, rows: int, threads: int = 2, **tensors: Tensor) -> None:
     run_kernel(code(), load(code().source, isa)[0], number, tensors, rows, threads)
-
-
-def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def multiply(isa: Isa, dtype: torch.dtype, kind: str, x: Tensor, index: Tensor, threads: int = 2) -> Tensor:
@@ -66,30 +57,6 @@ def multiply(isa: Isa, dtype: torch.dtype, kind: str, x: Tensor, index: Tensor, 
     given_tensors = {"x": x, "index": index, "out": out, "weight experts": pack(weights), "bias bias": bias}
     run(isa, list(DTYPES).index(dtype) * len(KINDS) + KINDS.index(kind), len(x), threads, **given_tensors)
     return out
-
-
-@functools.cache
-def parameters(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return numbers(EXPERTS, OUTPUTS, DEPTH, seed=1, dtype=dtype), numbers(EXPERTS, OUTPUTS, seed=2, dtype=dtype)
-
-
-def reference(dtype: torch.dtype, kind: str, x: Tensor, index: Tensor) -> Tensor:
-    """Slot by slot in float64."""
-    weights, bias = (one.double() for one in parameters(dtype))
-    out = torch.zeros(len(x), SLOTS, OUTPUTS, dtype=torch.float64)
-    for row in range(len(x)):
-        for slot in range(SLOTS):
-            expert = int(index[row, slot])
-            if 0 <= expert < EXPERTS:
-                out[row, slot] = weights[expert] @ x[row, slot if kind != SHARED else 0].double()
-                out[row, slot] += bias[expert] if kind == BIASED else 0
-    return out
-
-
-def inputs(dtype: torch.dtype, kind: str, rows: int, seed: int, least: int = 0, most: int = EXPERTS) -> tuple:
-    """x [rows, slots or 1, in], and experts from `least` to `most` - 1."""
-    index = torch.randint(least, most, (rows, SLOTS), generator=torch.Generator().manual_seed(seed))
-    return numbers(rows, SLOTS if kind != SHARED else 1, DEPTH, seed=seed + 3, dtype=dtype), index
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,7 +148,7 @@ def test_the_largest_come_in_order_and_of_equals_the_first(dtype: torch.dtype, i
     ids = torch.full((11, 2, COUNT), -7)
     values = torch.zeros(11, 2, COUNT, dtype=dtype)
     run(isa, len(DTYPES) * len(KINDS) + list(DTYPES).index(dtype), 11, x=x, values=values, ids=ids)
-    expected = x.double().nan_to_num(nan=torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :COUNT]
+    expected = largest(x)
     assert torch.equal(ids, expected)
     assert torch.equal(values.nan_to_num(nan=9e4), x.gather(-1, expected).nan_to_num(nan=9e4))
 

@@ -9,9 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,12 +40,14 @@ from graft.compiler.program import DENSE, Function, Program
 from graft.passes.canonicalise import Canonicalise
 from graft.passes.kv_cache import KVCache
 from graft.passes.merge_linears import MergeLinears
+from tests.codegen.experts import BIASED, OWN, SHARED, choice
+from tests.codegen.experts import product as experts
 from tests.codegen.functions import call_of
+from tests.codegen.interpreted import interpret
 from tests.codegen.pages import Case, Unread, random_rows, random_stored
 from tests.codegen.rows import Rows
 from tests.families import build
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE = {"num_hidden_layers": 1}
 WINDOW = ONE | {"layer_types": ("sliding_attention",)}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -57,10 +56,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": WINDOW,
     "opt": ONE,
     "gpt_neox": ONE,
-    "mixtral": ONE,
+    "minimax_m2": ONE,
 }
-"""Softcap and windows; sinks; biases and learned positions; parallel blocks; and what ATen has to run between."""
-LEFT_OUT = {("gpt_oss", "bfloat16"), ("mixtral", "bfloat16")}
+"""Softcap and windows; sinks, and experts with biases stored transposed; biases and learned positions; parallel blocks;
+and a router of which ATen has to run a part."""
+LEFT_OUT = {("gpt_oss", "bfloat16"), ("minimax_m2", "bfloat16")}
 """Slow to capture, and without a kernel that the others do not have in that dtype."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -246,6 +246,17 @@ PAGED = (
 )
 
 
+EXPERT_KERNELS = (
+    experts(torch.bfloat16, SHARED, depth=2048, outputs=16384),
+    experts(torch.bfloat16, BIASED, depth=2048, outputs=4096, transposed=True),
+    experts(torch.float32, BIASED, depth=2048, outputs=16384, transposed=True),
+    experts(torch.float16, OWN),
+    choice(torch.bfloat16),
+    choice(torch.float32),
+)
+"""Some as large as those of models, so that steps take all the memory that they may."""
+
+
 @dataclass(frozen=True)
 class Foreign(Codec):
     """A codec with a loader for generated C++ alone."""
@@ -291,18 +302,7 @@ def main() -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `main` measures."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.codegen.test_triton"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "GRAFT_CACHE": cache, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return interpret("tests.codegen.test_triton", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
@@ -369,14 +369,16 @@ def compile_for(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def printed_kernels() -> dict[str, Any]:
-    """The distinct kernels of llama and gemma2 in bfloat16, and their source under no name."""
+    """The distinct kernels of llama and gemma2 in bfloat16, of pages and of experts, and their source under no name."""
     with torch.no_grad():
         cuts = [cut(function_of(family, "bfloat16", **FAMILIES[family])) for family in ("llama", "gemma2")]
         cuts += [cut(case.function()) for case in PAGED]
     kernels = [kernel for one in cuts for kernel in one.kernels]
+    kernels += EXPERT_KERNELS
     product = next(kernel for kernel in kernels if isinstance(kernel, MatmulKernel))
     guard = Guard(Array("mask", torch.float32, 1, "N"), True)
-    code = print_code((*kernels, replace(product, guard=guard)))
+    guarded = [replace(one, guard=guard) for one in (product, EXPERT_KERNELS[0])]
+    code = print_code((*kernels, *guarded))
     return {"": code.source} | {one.function: one.printed for one in code.launches}
 
 

@@ -11,7 +11,6 @@ that depend on data) or does not compute what the model does.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -24,11 +23,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from graft.compiler.decompositions import functional
+from graft.compiler.decompositions import functional, is_simple
 from graft.compiler.errors import CaptureError
-from graft.compiler.interface import INTERFACE, register
+from graft.compiler.interface import INTERFACE, NotAlike, register
 from graft.compiler.nodes import Origin
 from graft.compiler.refusals import check_agreement, check_exported, check_model, located
+from graft.compiler.repeats import Repeats, find_kinds
 from graft.compiler.rope import per_token_rope
 
 MODEL = "model"
@@ -49,18 +49,27 @@ def capture(model: PreTrainedModel) -> Captured:
     Raises CaptureError naming the reason and the module where the model cannot be captured whole.
     """
     check_model(model)
+    repeats = Repeats(model, find_kinds(model))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        with capturing(model):
-            exported = export(model)
-        check_exported(exported, model)
-        module = exported.module(check_guards=False)
-        weights = weights_of(module)
-        graph = copy.deepcopy(module.graph)  # a copy has no owning module to be checked against
-        graph.set_codegen(fx.graph.CodeGen())  # export's own would keep the captured signature
-        annotate(graph)
-        with per_token_rope(model):
-            check_agreement(graph, weights, model)
+        if repeats.kinds:
+            # Whatever goes wrong here, the whole model's trace says what it is.
+            with contextlib.suppress(Exception):
+                return traced(model, repeats)
+        return traced(model, Repeats(model, []))
+
+
+def traced(model: PreTrainedModel, repeats: Repeats) -> Captured:
+    """Capture the model, each kind of layers once. Raises CaptureError, also where layers turn out not to be alike."""
+    with capturing(model), repeats.traced_once():
+        exported = export(model, repeats)
+    check_exported(exported, model)
+    module = exported.module(check_guards=False)
+    weights = weights_of(module)
+    annotate(module.graph)
+    graph = repeats.unrolled(module.graph)
+    with per_token_rope(model):
+        check_agreement(graph, weights, model)
     return Captured(graph, weights)
 
 
@@ -91,18 +100,20 @@ DEEP = 12
 the time of three layers, and it saves a quarter of that of thirty."""
 
 
-def export(model: PreTrainedModel) -> ExportedProgram:
+def export(model: PreTrainedModel, repeats: Repeats) -> ExportedProgram:
     """torch.export's graph with batch and length dynamic, and with functional operators only."""
     device = next(model.parameters()).device
     tokens = torch.arange(21, device=device).reshape(3, 7) % model.config.get_text_config().vocab_size
     positions = torch.arange(7, device=device).expand(3, 7).contiguous()
     sizes = {0: Dim.AUTO, 1: Dim.AUTO}
-    deep = getattr(model.config.get_text_config(), "num_hidden_layers", 0) > DEEP
+    deep = not repeats.kinds and getattr(model.config.get_text_config(), "num_hidden_layers", 0) > DEEP
     try:
         with torch._dynamo.config.patch(fake_tensor_cache_enabled=deep):
             exported = torch.export.export(
                 CausalLM(model), (tokens, positions), dynamic_shapes=(sizes, dict(sizes)), strict=False
             )
+        if repeats.kinds and not is_simple(exported.graph):
+            raise NotAlike("a second trace of the whole graph would be needed, which knows no layers")
         return functional(exported)
     except CaptureError as error:
         raise located(error, model) from error

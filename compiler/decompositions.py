@@ -28,7 +28,7 @@ KEPT_COMPOSITES = frozenset(
 def functional(exported: ExportedProgram) -> ExportedProgram:
     """The program without writes, norms, or casts that cast nothing; everything else stays whole."""
     graph = exported.graph
-    if not all(is_plain(node) for node in graph.nodes):
+    if not is_simple(graph):
         return exported.run_decompositions(decompositions())
     table = decompositions()
     bodies: dict[Any, fx.Graph] = {}
@@ -44,6 +44,11 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         elif is_outer_product(node):
             node.target = aten.mul.Tensor  # ropes of transformers before 5.20
     return exported
+
+
+def is_simple(graph: fx.Graph) -> bool:
+    """Whether `functional` takes the graph as it is, and need not trace it again."""
+    return all(is_plain(node) for node in graph.nodes)
 
 
 def is_outer_product(node: fx.Node) -> bool:

@@ -30,6 +30,9 @@ KNOWN_MASKS = frozenset(
 """Mask functions of transformers that mean causal attention, perhaps within a window. Positions of one captured
 sequence count up by one, so the packed-sequence overlay is the identity there."""
 
+INDEX = "layer_idx"
+"""The attribute by which transformers' modules know which layer they are in."""
+
 UNDERSTOOD = frozenset({"scaling", "softcap", "s_aux"})
 """Arguments of attention that become arguments of the operator."""
 
@@ -59,6 +62,31 @@ class MaskRequest:
 
     __getattr__ = __add__ = __radd__ = __mul__ = __getitem__ = __eq__ = refuse
     __hash__ = None  # type: ignore[assignment]
+
+
+class NotAlike(Exception):
+    """Layers that were taken for alike are not: each has to be traced by itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerIndex:
+    """Stands in for a layer's index while that layer is traced for others too: to be handed on, not computed with."""
+
+    value: int
+
+    def refuse(self, *_: Any) -> Any:
+        """What is computed with the index is another thing in each layer."""
+        raise NotAlike(f"the code of layer {self.value} computes with its index")
+
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __pow__ = refuse
+    __bool__ = __int__ = __float__ = __index__ = __hash__ = __neg__ = __and__ = __or__ = __xor__ = refuse
+
+
+def layer_index(module: nn.Module) -> int:
+    """The layer that the module says it is in; 0 where it does not say."""
+    index = getattr(module, INDEX, None)
+    return index.value if isinstance(index, LayerIndex) else int(index or 0)
 
 
 def register() -> None:
@@ -113,7 +141,7 @@ def attention_function(
         attention_mask.window,
         float(arguments.get("softcap") or 0.0),
         arguments.get("s_aux"),
-        int(getattr(module, "layer_idx", 0) or 0),
+        layer_index(module),
     )
     return output, None
 

@@ -74,7 +74,8 @@ def untyped_node(
 
 
 def stored_node(graph: fx.Graph, op: str, name: str, target: Any, args: tuple, kwargs: dict) -> fx.Node:
-    """A node as it was written to a file, without a fake value: the function is derived when it is whole."""
+    """A node as it was written to a file or stands in another graph, without a fake value: the function is derived when
+    it is whole, or the value is that of the other node."""
     return graph.create_node(op, target, args, kwargs, name)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from graft.compiler.interface import INDEX, LayerIndex, MaskRequest, NotAlike, layer_index
-from graft.compiler.nodes import named_arguments, origin_of
+from graft.compiler.nodes import named_arguments, origin_of, stored_node
 
 
 @torch.library.custom_op("graft::layer_boundary", mutates_args=())
@@ -260,13 +260,10 @@ class Unrolling:
         """A node over the copies of its operands, in the layer whose path is `new` instead of `old`."""
         if node.target is operator.getitem and isinstance(copies[node.args[0]], list):
             return copies[node.args[0]][node.args[1]]  # one of the values at a marker, which has a node already
-        copy = self.graph.create_node(
-            node.op,
-            node.target,
-            fx.map_arg(node.args, copies.__getitem__),
-            fx.map_arg(node.kwargs, copies.__getitem__),
-            re.sub(r"_\d+$", "", node.name) if node.op == "call_function" else node.name,  # numbered anew, in order
-        )
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        # Calls are numbered anew, in the order in which they stand now.
+        name = re.sub(r"_\d+$", "", node.name) if node.op == "call_function" else node.name
+        copy = stored_node(self.graph, node.op, name, node.target, args, kwargs)
         copy.meta = dict(node.meta)
         if new:
             origin = origin_of(node)

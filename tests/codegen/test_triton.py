@@ -110,16 +110,20 @@ CALL = ([5, 6, 7, 9], [63, 64, 64, 0], [1, 1, 1, 0], [-1, 0, 0, -1], [0, 63, 2],
 
 
 def measure_family(family: str, dtype: str) -> dict[str, float]:
-    """How far apart Triton and ATen are, in parts of the largest value."""
+    """How far apart Triton and ATen are, in parts of the largest value; whether the states' third slot stays as it was,
+    and whether parameters are read where the model holds them."""
     function = function_of(family, dtype, **FAMILIES[family])
     ours, theirs = states_of(function, 80), states_of(function, 80)
     with torch.no_grad():
         expected = (*AtenExecutable(function)(*rows_of(*CALL), *theirs), *theirs)
-    found = (*TritonExecutable(function)(*rows_of(*CALL), *ours), *ours)
+    executable = TritonExecutable(function)
+    found = (*executable(*rows_of(*CALL), *ours), *ours)
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
     apart = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
     untouched = all(torch.equal(a[:, 2], b[:, 2]) for a, b in zip(ours, theirs, strict=True))
-    return {"logits": apart[0], "hidden": apart[1], "states": max(apart[2:]), "untouched": float(untouched)}
+    in_place = {held.data_ptr() for held in executable.parameters.values()} <= executable.read_plain()
+    errors = {"logits": apart[0], "hidden": apart[1], "states": max(apart[2:])}
+    return errors | {"untouched": float(untouched), "in place": float(in_place)}
 
 
 def measure_company() -> dict[str, bool]:
@@ -308,7 +312,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_it_computes_what_aten_computes(interpreted: dict[str, Any], family: str, dtype: str) -> None:
     found = interpreted[f"{family} {dtype}"]
-    assert found.pop("untouched")
+    assert found.pop("untouched") and found.pop("in place")
     assert max(found.values()) < TOLERANCE[dtype], found
 
 

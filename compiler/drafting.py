@@ -203,6 +203,11 @@ class Target(Protocol):
         """int64 [tokens, count]: the model's best next tokens, best first, after each of the tokens alone."""
         ...
 
+    def own_text(self, tokens: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Texts that the model writes by itself, int64 [texts, length], of at least so many tokens in all, the same
+        whenever it is asked; and its best next tokens at every place, best first, int64 [texts, length, count]."""
+        ...
+
     @property
     def functions(self) -> Mapping[str, Any]:
         """What runs the program's other functions, by name: a graft.runtime.decoder.Decoder each."""

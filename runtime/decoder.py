@@ -19,6 +19,10 @@ from graft.runtime.top_tokens import shares_of, top_rows
 
 ALONE_ROWS = 512
 """Tokens that `best_after` looks at in one call."""
+OWN_TEXTS, OWN_LENGTH = 32, 128
+"""How many texts `own_text` writes at once, and tokens of a text."""
+OWN_TEMPERATURE = 0.7
+"""Between greedy text, which soon repeats itself, and text that is unlike what is decoded greedily."""
 
 
 @dataclass
@@ -160,6 +164,52 @@ class Decoder:
         finally:
             self.close(slot)
         return np.concatenate(found)
+
+    def own_text(self, tokens: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `compiler.drafting.Target`. Every text begins with another token, the likeliest first. What follows is
+        drawn among the `count` best by a fixed seed. The KV cache is one of its own, which is gone afterwards."""
+        alone = Decoder(self.function, self.executable, self.vocabulary, self.max_positions)
+        start = [] if self.first_token is None else [self.first_token]
+        length = OWN_LENGTH if self.max_positions is None else min(OWN_LENGTH, self.max_positions - len(start))
+        number = -(-tokens // length)
+        first = list(range(min(number, self.vocabulary)))
+        if start:
+            row, slot = Rows(), alone.open()
+            row.add_chain(slot, start, 0)
+            first = alone.top(alone.forward(row), len(first))[0].tolist()
+            alone.close(slot)
+        draws = np.random.default_rng(0)
+        openings = [[*start, first[text % len(first)]] for text in range(number)]
+        groups = [openings[begin : begin + OWN_TEXTS] for begin in range(0, number, OWN_TEXTS)]
+        parts = [alone.write(group, length, count, draws) for group in groups]
+        return np.concatenate([texts for texts, _ in parts]), np.concatenate([best for _, best in parts])
+
+    def write(
+        self, texts: Sequence[list[int]], length: int, count: int, draws: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Go on with texts, which are equally long, drawing among the `count` best next tokens: int64 [texts, length]
+        from their last tokens on, and int64 [texts, length, count], the best next tokens there."""
+        slots = [self.open() for _ in texts]
+        chains = list(texts)
+        written: list[list[int]] = []
+        best: list[np.ndarray] = []
+        while len(written) < length:
+            rows = Rows()
+            for slot, chain in zip(slots, chains, strict=True):
+                rows.add_chain(slot, chain, self.length(slot))
+            logits = self.forward(rows)
+            ids = self.top(logits, count)
+            scores = logits.gather(1, ids).double().cpu().numpy() / OWN_TEMPERATURE
+            written.append([chain[-1] for chain in chains])
+            best.append(ids.cpu().numpy())
+            for slot, chain in zip(slots, chains, strict=True):
+                self.commit(slot, range(len(chain)))
+            # The greatest score with Gumbel noise is a draw from their softmax.
+            drawn = (scores + draws.gumbel(size=scores.shape)).argmax(1)
+            chains = [[token] for token in best[-1][np.arange(len(slots)), drawn].tolist()]
+        for slot in slots:
+            self.close(slot)
+        return np.array(written, np.int64).T, np.stack(best, 1)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep these of the slot's uncommitted rows, named by their place among them, in order; drop the others."""

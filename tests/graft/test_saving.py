@@ -65,7 +65,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("saved") / "model"
     model = build("llama", tie_word_embeddings=True)
     # Through ATen a row's last bits depend on its company, so what is drafted must not depend on how long steps take.
-    drafters = [graft.Lookup(), graft.Recycle(seed_vocabulary=20)]
+    drafters = [graft.Lookup(), graft.Recycle(seed_vocabulary=20, seed_text=10)]
     plan = graft.Plan(draft=drafters, controller=graft.FixedBudget())
     compiled = graft.compile(model, plan, backend="aten")
     compiled.save(folder)
@@ -146,9 +146,11 @@ def test_packed_weights_can_run_through_aten(released: Saved) -> None:
 
 
 def test_what_drafters_asked_the_model_is_not_asked_again(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graft.runtime.decoder.Decoder.best_after", None)
-    ((key, table),) = graft.load(saved.folder).decoder.shared.items()
-    assert table.shape == (20, 8) and (table == saved.compiled.decoder.shared[key]).all()
+    for question in ("best_after", "own_text"):
+        monkeypatch.setattr(f"graft.runtime.decoder.Decoder.{question}", None)
+    (alone, first), (text, second) = graft.load(saved.folder).decoder.shared.items()
+    assert first.shape == (20, 8) and (first == saved.compiled.decoder.shared[alone]).all()
+    assert second.shape[1] == 2 + 8 and (second == saved.compiled.decoder.shared[text]).all()
 
 
 def test_tied_embeddings_are_stored_once(saved: Saved) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from graft.compiler.drafting import ROOT, Context, Drafter, Drafting, DraftTree, Outcome
 from graft.compiler.errors import PlanError
 from graft.runtime.drafters.lookup import Lookup, LookupTable
-from graft.runtime.drafters.recycle import Recycle, RecycleTable, Rows
+from graft.runtime.drafters.recycle import ANY, Recycle, RecycleTable, Rows, rows_of
 from graft.runtime.drafters.tables import TableDrafter, Trust
 from graft.runtime.drafters.trie import Branches, Trie
 from graft.runtime.tree_policies import BestFirst, Chain
@@ -34,6 +34,11 @@ class Model:
     def best_after(self, tokens: Sequence[int], count: int) -> np.ndarray:
         """Token t is followed by t + 1, t + 2, ..."""
         return np.array([[(token + rank + 1) % self.vocabulary for rank in range(count)] for token in tokens])
+
+    def own_text(self, tokens: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """One text that counts up by twos from 70; its best next tokens are those of `best_after`, backwards."""
+        text = np.arange(70, 70 + 2 * tokens, 2)[None]
+        return text, self.best_after(text[0].tolist(), count)[None, :, ::-1]
 
 
 def follow(drafting: Drafting, context: Context, tokens: Sequence[int], budget: int = 8, k: int = 0) -> list[DraftTree]:
@@ -143,13 +148,77 @@ def test_recycle_proposes_what_the_target_thought_after_the_token_last_time() ->
 
 def test_recycle_asks_the_last_two_tokens_before_the_last_one_and_then_the_prompt() -> None:
     known = Rows(pairs=10)
-    table = RecycleTable(2, known, [9, 4, 9, 6, 9, 4], np.array([[20, 21]] * 7))
-    assert table.candidates((1, 9)) == [(4, 4), (6, 5)]
+    table = RecycleTable(2, known, [9, 4, 9, 6, 9, 4], np.array([[20, 21]] * 7), {})
+    assert table.candidates((1, 9)) == [(4, 8), (6, 9)]
     known.put([(1, 5, [11, 13]), (2, 5, [12, 13])])
-    assert table.candidates((1, 5)) == [(11, 0), (13, 1), (12, 2)]
-    assert table.candidates((3, 5)) == [(12, 2), (13, 3)]
+    assert table.candidates((1, 5)) == [(11, 0), (13, 1), (12, 4)]
+    assert table.candidates((3, 5)) == [(12, 4), (13, 5)]
     assert table.candidates((1, 8)) == []
-    assert table.candidates((1, 6)) == [(9, 4), (20, 6), (21, 7)]
+    assert table.candidates((1, 6)) == [(9, 8), (20, 10), (21, 11)]
+
+
+def test_of_the_models_own_text_two_tokens_come_before_what_the_request_showed_of_one() -> None:
+    known = Rows(pairs=10)
+    written = {(1, 5): [31, 32], (ANY, 5): [33, 31], (ANY, 6): [34, 35]}
+    table = RecycleTable(2, known, [6, 4], np.array([[20, 21]] * 7), written)
+    assert table.candidates((1, 5)) == [(31, 2), (32, 3)]
+    assert table.candidates((2, 5)) == [(33, 6), (31, 7)]
+    assert table.candidates((2, 6)) == [(34, 6), (35, 7)]
+    known.put([(1, 5, [11, 31]), (2, 5, [12, 13])])
+    assert table.candidates((1, 5)) == [(11, 0), (31, 1), (32, 2)]
+    assert table.candidates((3, 5)) == [(12, 4), (13, 5)]
+    assert table.candidates((2, 5)) == [(12, 0), (13, 1)]
+
+
+def test_rows_of_a_text_are_by_one_token_and_by_two_and_a_rank_counts_less_the_further_down() -> None:
+    texts = np.array([[1, 2, 1, 2], [3, 2, 9, 9]])
+    best = np.array([[[5, 6], [7, 8], [6, 5], [8, 4]], [[5, 6], [4, 8], [1, 2], [2, 1]]])
+    rows = {(before, last): best for before, last, *best in rows_of(texts, best, 2).tolist()}
+    assert rows == {
+        (ANY, 1): [5, 6],
+        (2, 1): [6, 5],
+        (ANY, 2): [8, 4],
+        (1, 2): [8, 7],
+        (3, 2): [4, 8],
+        (ANY, 3): [5, 6],
+        (ANY, 9): [1, 2],
+        (2, 9): [1, 2],
+        (9, 9): [2, 1],
+    }
+
+
+def test_after_what_the_model_wrote_itself_it_is_proposed_again_from_the_first_step_on() -> None:
+    drafter = Recycle(k=3, seed_text=4)
+    drafting, context = opened(drafter, [1, 72])
+    (tree,) = drafting.propose([context], [8])
+    assert [tree.tokens[child] for child in tree.children()[ROOT]] == [75, 74, 73]
+    assert tree.children()[tree.tokens.index(74)], "74 stands in the text"
+    assert tree.tokens.index(75) not in tree.children(), "75 does not"
+    target = drafting.target  # type: ignore[attr-defined]
+    assert target.shared[drafter.text_key].dtype == np.int32
+    assert drafter.written(target) is drafter.written(target)
+
+
+@pytest.mark.parametrize("first", [None, 7])
+def test_a_model_writes_the_same_text_again_and_says_of_it_what_transformers_says(
+    monkeypatch: pytest.MonkeyPatch, first: int | None
+) -> None:
+    monkeypatch.setattr("graft.runtime.decoder.OWN_TEXTS", 2)
+    monkeypatch.setattr("graft.runtime.decoder.OWN_LENGTH", 6)
+    model, _ = tiny("llama")
+    made = decoder("llama")
+    made.first_token = first
+    texts, best = made.own_text(15, 4)
+    assert texts.shape == (3, 6) and best.shape == (3, 6, 4)
+    assert len(set(texts[:, 0].tolist())) == 3
+    assert all(text[place + 1] in best[row, place] for row, text in enumerate(texts) for place in range(5))
+    start = np.full((3, int(first is not None)), first, np.int64)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.concatenate([start, texts], 1))).logits
+    assert best.tolist() == logits[:, start.shape[1] :].topk(4).indices.tolist()
+    again = made.own_text(15, 4)
+    assert (again[0] == texts).all() and (again[1] == best).all()
+    assert made.store.lengths == []
 
 
 def test_after_a_token_that_is_new_what_the_model_said_of_it_alone_is_proposed() -> None:
@@ -353,6 +422,7 @@ def test_candidates_that_tables_agree_on_are_learnt_apart_from_those_that_stand_
         lambda: Recycle(k=0),
         lambda: Recycle(k=65),
         lambda: Recycle(pairs=0),
+        lambda: Recycle(seed_text=-1),
         lambda: Trie(branch=1),
         lambda: Trie(nodes=3),
     ],

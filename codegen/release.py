@@ -36,7 +36,14 @@ def release(modules: Iterable[nn.Module], executables: Sequence[Executable]) -> 
     A parameter without storage (device "meta") takes the place of each: the modules keep names, shapes and ties, but
     can no longer run. Returns the bytes given back.
     """
-    places = packed_places(executables)
+    freed = replace_parameters(modules, packed_places(executables))
+    trim()
+    return freed
+
+
+def replace_parameters(modules: Iterable[nn.Module], places: set[int]) -> int:
+    """Put an empty parameter in the place of each that lies in one of the places; a function of its own, so that no
+    variable holds the last one when memory is handed back."""
     empty: dict[int, nn.Parameter] = {}
     freed = 0
     for module in (part for whole in modules for part in whole.modules()):
@@ -48,7 +55,6 @@ def release(modules: Iterable[nn.Module], executables: Sequence[Executable]) -> 
                 empty[place] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
                 freed += parameter.nbytes
             module._parameters[name] = empty[place]
-    trim()
     return freed
 
 

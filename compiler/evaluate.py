@@ -35,12 +35,10 @@ def logits_of(function: Function, sequences: Sequences, module: Callable[..., An
 
     A dense function gets all sequences as one padded batch. A flat one gets all tokens but each sequence's last in one
     call on an empty state; the last ones follow in a second call, each behind a sibling with another token, so that
-    reading the cache and keeping the branches of a tree apart count too. `module` is `function.module()`, for callers
-    that have made it, or what runs in its place.
+    reading the cache and keeping the branches of a tree apart count too. `module` is what runs in its place.
     """
-    module = module or function.module()
     with torch.no_grad():
-        return (flat_logits if function.flat else dense_logits)(function, module, sequences)
+        return (flat_logits if function.flat else dense_logits)(function, module or function.run, sequences)
 
 
 def dense_logits(function: Function, module: Callable[..., Any], sequences: Sequences) -> list[Tensor]:
@@ -131,11 +129,11 @@ def own_sample(function: Function, lengths: Sequence[int] = (8, 5), seed: int = 
     """Text that the function itself samples, at temperature 1: sequences of these lengths, each from a first token
     drawn uniformly. The same function and seed always give the same text."""
     generator = torch.Generator().manual_seed(seed)
-    module, size = function.module(), vocabulary(function)
+    size = vocabulary(function)
     sequences = [[int(torch.randint(size, (1,), generator=generator))] for _ in lengths]
     for step in range(1, max(lengths)):
         growing = [sequence for sequence, length in zip(sequences, lengths, strict=True) if length > step]
-        for sequence, logits in zip(growing, logits_of(function, tuple(map(tuple, growing)), module), strict=True):
+        for sequence, logits in zip(growing, logits_of(function, tuple(map(tuple, growing))), strict=True):
             probabilities = logits[-1].double().softmax(-1).cpu()
             # A model whose logits are not finite samples nothing; any token shows that as well as another.
             usable = bool(probabilities.isfinite().all())

@@ -231,6 +231,10 @@ class Function:
         checks its own graph's parameters against itself, which would refuse those that later passes add."""
         return fx.GraphModule(self.weights, copy.deepcopy(self.graph))
 
+    def run(self, *values: Any) -> Any:
+        """What the function gives for values of its signature, node by node with the operators' reference meaning."""
+        return fx.Interpreter(self.weights, graph=self.graph).run(*values)
+
     def fake_inputs(self) -> tuple[dict[str, Any], Fakes]:
         """A fake value for each input and state by name, and what they were made with."""
         fakes = self.fakes

@@ -34,6 +34,8 @@ class Fakes:
         self.symbols: dict[str, torch.SymInt] = {}
         self.known: dict[Any, Any] = {}
         """Call, by target and types of its operands -> its fake value."""
+        self.parameters: dict[Any, Tensor] = {}
+        """Sizes, strides, dtype and device of a parameter -> its fake twin."""
 
     @property
     def intact(self) -> bool:
@@ -59,9 +61,12 @@ class Fakes:
 
     def parameter(self, tensor: Tensor) -> Tensor:
         """The fake twin of a parameter or buffer, all sizes static; one without storage counts as on the device."""
-        device = self.device if tensor.is_meta else tensor.device
-        with self.mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        form = (tensor.shape, tensor.stride(), tensor.dtype, self.device if tensor.is_meta else tensor.device)
+        if form not in self.parameters:
+            shape, stride, dtype, device = form
+            with self.mode:
+                self.parameters[form] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return self.parameters[form]
 
 
 Values = dict[fx.Node, Any]

@@ -197,7 +197,7 @@ def speculative() -> graft.Plan:
     """The plan of "graft speculative": text lookup and token recycling, as many nodes as pay on this machine. When it
     is compiled, the model is asked about a third of its tokens alone and writes text by itself, about a minute that no
     figure contains; `save` keeps what it said."""
-    return graft.Plan(draft=[graft.Lookup(), graft.Recycle(seed_vocabulary=16384, seed_text=49152)])
+    return graft.Plan(draft=[graft.Lookup(), graft.Recycle(k=4, seed_vocabulary=16384, seed_text=49152)])
 
 
 MAKERS: dict[str, Callable[[PreTrainedModel, int], System]] = {

@@ -64,7 +64,7 @@ class LookupTable(Table[tuple[int, ...]]):
 
     def candidates(self, state: tuple[int, ...]) -> Evidence:
         """See `Table.candidates`."""
-        found: dict[int, int] = {}
+        found: Evidence = {}
         kind = last = 0
         for length in self.lengths:
             followers = self.followers.get(state[-length:])
@@ -78,7 +78,7 @@ class LookupTable(Table[tuple[int, ...]]):
                     found[token] = kind
                     if kind < last:
                         kind += 1
-        return list(found.items())
+        return found
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """See `Table.observe`."""

@@ -172,10 +172,10 @@ class RecycleTable(Table[Pair]):
                 _name(found, row, source * k)
                 # Beside what was seen after these two tokens there is always a second row.
                 if len(found) >= k:
-                    return list(found.items())
+                    return found
         if last < len(self.seeds):
             _name(found, self.seeds[last].tolist(), 5 * k)
-        return list(found.items())
+        return found
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """Take over the rows of the step; of a token that occurs several times the row on the accepted path wins."""
@@ -200,7 +200,7 @@ def _later(rank: int) -> float:
     return 0.24 / (rank + 1) ** 1.3
 
 
-def _name(found: dict[int, int], row: Iterable[int], kind: int) -> None:
+def _name(found: Evidence, row: Iterable[int], kind: int) -> None:
     """Add the tokens that were not named yet, one class after another from `kind` on."""
     for token in row:
         if token not in found:

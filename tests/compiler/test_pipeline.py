@@ -259,8 +259,10 @@ def test_a_pass_that_matches_nothing_warns_with_the_first_failed_condition() -> 
 
 def test_a_pass_that_tidies_may_find_nothing_to_do() -> None:
     program = fresh()
+    function = program["forward"]
     run(program, DeadCode())
     assert program.records[0].notes[0].startswith("matched nothing")
+    assert program["forward"] is function  # and the snapshot holds no copy of it
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

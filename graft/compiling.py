@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from graft.codegen.lowering import LoweringWarning, check_backend, lower
@@ -75,10 +77,11 @@ def compile(
     face = ModelFace.of(model)
     say = progress or (lambda _: None)
     say(f"capturing {type(model).__name__}")
-    captured = capture(model)
-    program = Program({"forward": Function("forward", captured.graph, captured.weights, DENSE)})
-    program.host = speculative_host() if plan.draft else plain_host()
-    run_passes(program, passes, sample=plan.sample, progress=lambda name, *_: say(f"running pass {name}"))
+    with collection_paused():
+        captured = capture(model)
+        program = Program({"forward": Function("forward", captured.graph, captured.weights, DENSE)})
+        program.host = speculative_host() if plan.draft else plain_host()
+        run_passes(program, passes, sample=plan.sample, progress=lambda name, *_: say(f"running pass {name}"))
     say("lowering")
     config, vocabulary = model.config.get_text_config(), int(model.get_output_embeddings().weight.shape[0])
     positions = getattr(config, "max_position_embeddings", None)
@@ -91,6 +94,19 @@ def compile(
             problem = "nothing was released: the code that runs reads the model's own parameters"
             warnings.warn(problem, LoweringWarning, stacklevel=2)
     return compiled
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """No search for garbage in cycles meanwhile: a graph is thousands of objects that live on, and looking through all
+    of them again and again takes a tenth of the time of compiling."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def assembled(program: Program, plan: Plan, decoder: Decoder, face: ModelFace) -> CompiledModel:

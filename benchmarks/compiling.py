@@ -131,23 +131,24 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def memory(dtype: torch.dtype) -> dict[str, float]:
-    """Growth of this process in MB: by loading alone, and with the model compiled and released in its place."""
+    """Growth of this process in MB: by loading the model alone, and with it compiled and released in its place. The
+    tokenizer, and what loading and compiling anything imports and leaves behind, is there before."""
     model, tokenizer = load(dtype)
     parameters = sum(parameter.nbytes for parameter in model.parameters())
-    del model, tokenizer
+    del model
     trim()
-    imported = resident()  # what loading imports, and leaves behind, is there from now on
+    imported = resident()
     graft.compile(random_model(load(dtype)[0], 2))
     trim()
     before = resident()
-    model, tokenizer = load(dtype)
+    model = load(dtype)[0]
     trim()
     loaded = resident()
     fast = graft.compile(model, release=True)
     held = {
         "parameters": parameters,
-        "left behind by loading and compiling anything": before - imported,
-        "model and tokenizer loaded": loaded - before,
+        "left behind by compiling anything": before - imported,
+        "model loaded": loaded - before,
         "compiled and released": resident() - before,
         "compiled and released, times the parameters": (resident() - before) / parameters,
     }

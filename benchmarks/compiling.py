@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from rich.table import Table
@@ -47,7 +48,7 @@ def main() -> None:
         return
     console = wide_console()
     command = [sys.executable, "-m", "benchmarks.compiling", "--memory", "--dtype", arguments.dtype]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     held = json.loads(output.splitlines()[-1])
     model, _ = load(dtype)
     graft.compile(model)  # what torch sets up once in a process is not the model's
@@ -99,17 +100,8 @@ def phases(model: PreTrainedModel, cold: bool) -> dict[str, float]:
         said.append(text)
         marks.append(time.perf_counter())
 
-    with tempfile.TemporaryDirectory() as folder:
-        kept = os.environ.get("GRAFT_CACHE")
-        if cold:
-            os.environ["GRAFT_CACHE"] = folder
-        try:
-            fast = graft.compile(model, progress=progress)
-        finally:
-            if cold:
-                os.environ.pop("GRAFT_CACHE")
-                if kept is not None:
-                    os.environ["GRAFT_CACHE"] = kept
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"GRAFT_CACHE": folder} if cold else {}):
+        fast = graft.compile(model, progress=progress)
     end = time.perf_counter()
     lowering = marks[said.index("lowering")]
     lines = len(fast.program["forward"].source.splitlines())

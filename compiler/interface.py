@@ -81,6 +81,7 @@ class LayerIndex:
     __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __pow__ = refuse
     __bool__ = __int__ = __float__ = __index__ = __hash__ = __neg__ = __and__ = __or__ = __xor__ = refuse
+    __str__ = __format__ = refuse  # a name made of it would be the same in each layer
 
 
 def layer_index(module: nn.Module) -> int:

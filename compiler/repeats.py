@@ -302,4 +302,5 @@ class Unrolling:
 
 def moved(path: str, old: str, new: str) -> str:
     """A module's path in one layer as in the other; both layers' paths end in a dot."""
-    return f"{path}.".replace(old, new, 1).removesuffix(".")
+    inside = f"{path}."
+    return (new + inside.removeprefix(old)).removesuffix(".") if inside.startswith(old) else path

@@ -128,6 +128,20 @@ def test_a_layer_that_does_more_than_return_is_traced_whole(
     assert str(graph) == str(whole(model).graph)
 
 
+def test_code_that_makes_a_name_of_its_index_is_traced_whole(
+    unrolled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        factor = {"layer 2": 3.0}.get(f"layer {self.self_attn.layer_idx}", 1.0)
+        return FORWARD(self, hidden_states * factor, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    model = build("llama", **DEEP)
+    graph = capture(model).graph
+    assert not unrolled
+    assert str(graph) == str(whole(model).graph)
+
+
 def test_a_layer_that_is_called_in_another_way_is_traced_itself(
     unrolled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
